@@ -1,0 +1,297 @@
+"""FedAvg rounds written with other tools, for the speed benchmark to compare with.
+
+Every peer runs the same round on the same `Workload`: each client starts from the global model,
+takes one epoch of minibatch SGD over its own samples in a fresh random order, and the new global
+model is the average of the clients' models weighted by their sample counts.
+
+- `fedjax`: google/fedjax (PyPI `fedjax`), by its public pieces: a haiku model, one `ClientDataset`
+  per client batched by `shuffle_repeat_batch`, and `for_each_client` with the jit backend, which
+  dispatches one compiled step per client and batch. The step carries no random key, since these
+  models draw nothing; that makes it faster than `fedjax.algorithms.fed_avg`.
+- `torch_loop`: a plain PyTorch loop over clients and batches, with preloaded tensors and a manual
+  SGD update (faster than `torch.optim.SGD`).
+- `torch_vmap`: PyTorch with the clients' parameters stacked, `torch.func.vmap` over the gradient
+  of a functional call, and one batched step for many clients at a time.
+
+The rounds cost the same only if the batch size divides the sample count: of a last, partial batch
+the PyTorch peers take the samples there are, while fedjax fills it up. The initial weights are each
+tool's own. Both PyTorch peers use the first GPU if PyTorch sees one; the number of CPU threads is
+left to the caller's settings. This module itself needs only numpy; a peer imports its packages when
+it is built.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RoundFn = Callable[[], None]
+
+# Clients in one batched step of `torch_vmap` on a CPU; all of them for other models.
+# Stacked convolutions run as grouped ones, which gain nothing there from a longer stack and need
+# memory in proportion.
+_CPU_VMAP_CHUNK = {"cnn": 2}
+
+_REQUIRED_PACKAGES = {
+    "fedjax": ("fedjax", "jax", "haiku"),
+    "torch_loop": ("torch",),
+    "torch_vmap": ("torch",),
+}
+
+
+class Workload(NamedTuple):
+    """One benchmark case: the data of all clients and how they train.
+
+    Attributes:
+        name: The model, "cnn", "mlp" or "linear".
+        inputs: float32, [num_clients, samples, 28, 28, 1] for the cnn, else
+            [num_clients, samples, 60].
+        labels: int32 class numbers, [num_clients, samples].
+        num_classes: Number of classes.
+        cohort: Clients per round; equal to num_clients, so all take part in every round.
+        batch_size: Samples per SGD step.
+        learning_rate: Step size of the clients' plain SGD.
+    """
+
+    name: str
+    inputs: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    cohort: int
+    batch_size: int
+    learning_rate: float
+
+
+def build_fedjax(workload: Workload) -> RoundFn:
+    """Prepares the `fedjax` peer; the returned function runs one round."""
+    import fedjax
+    import jax
+
+    # fedjax 0.0.17 calls jax.tree_map, which newer versions of jax have dropped.
+    if not hasattr(jax, "tree_map"):
+        jax.tree_map = jax.tree_util.tree_map
+
+    model = _fedjax_model(workload)
+    gradient = fedjax.model_grad(model)
+    optimizer = fedjax.optimizers.sgd(workload.learning_rate)
+    hparams = fedjax.ShuffleRepeatBatchHParams(batch_size=workload.batch_size, num_epochs=1)
+    datasets = [
+        fedjax.ClientDataset({"x": inputs, "y": labels})
+        for inputs, labels in zip(workload.inputs, workload.labels, strict=True)
+    ]
+
+    def client_init(params, client_input):
+        return params, optimizer.init(params)
+
+    def client_step(state, batch):
+        params, opt_state = state
+        opt_state, params = optimizer.apply(gradient(params, batch, None), opt_state, params)
+        return params, opt_state
+
+    def client_final(params, state):
+        return state[0]
+
+    with fedjax.for_each_client_backend("jit"):
+        train_clients = fedjax.for_each_client(client_init, client_step, client_final)
+    global_params = model.init(jax.random.PRNGKey(0))
+
+    def run_round() -> None:
+        nonlocal global_params
+        clients = [
+            (number, dataset.shuffle_repeat_batch(hparams), None) for number, dataset in enumerate(datasets)
+        ]
+        global_params = fedjax.tree_util.tree_mean(
+            (params, len(datasets[number])) for number, params in train_clients(global_params, clients)
+        )
+        jax.block_until_ready(global_params)
+
+    return run_round
+
+
+def build_torch_loop(workload: Workload) -> RoundFn:
+    """Prepares the `torch_loop` peer; the returned function runs one round."""
+    import torch
+
+    inputs, labels = _torch_data(workload)
+    # The channels-last form is the quicker one for the convolutions, and touches nothing else.
+    model = _torch_model(workload).to(inputs.device, memory_format=torch.channels_last)
+    params = list(model.parameters())
+    global_params = [param.detach().clone() for param in params]
+    weights = _client_weights(workload)
+
+    def train_client(client_inputs, client_labels) -> None:
+        order = torch.randperm(len(client_labels), device=client_labels.device)
+        batches = zip(
+            client_inputs[order].split(workload.batch_size),
+            client_labels[order].split(workload.batch_size),
+            strict=True,
+        )
+        for batch_inputs, batch_labels in batches:
+            loss = torch.nn.functional.cross_entropy(model(batch_inputs), batch_labels)
+            grads = torch.autograd.grad(loss, params)
+            with torch.no_grad():
+                torch._foreach_add_(params, grads, alpha=-workload.learning_rate)
+
+    def run_round() -> None:
+        averages = [torch.zeros_like(param) for param in global_params]
+        for client_inputs, client_labels, weight in zip(inputs, labels, weights, strict=True):
+            with torch.no_grad():
+                torch._foreach_copy_(params, global_params)
+            train_client(client_inputs, client_labels)
+            with torch.no_grad():
+                torch._foreach_add_(averages, params, alpha=weight)
+        torch._foreach_copy_(global_params, averages)
+        _torch_wait(inputs.device)
+
+    return run_round
+
+
+def build_torch_vmap(workload: Workload) -> RoundFn:
+    """Prepares the `torch_vmap` peer; the returned function runs one round."""
+    import torch
+
+    inputs, labels = _torch_data(workload)
+    model = _torch_model(workload).to(inputs.device)
+    global_params = {name: param.detach() for name, param in model.named_parameters()}
+    weights = torch.tensor(_client_weights(workload), device=inputs.device)
+    chunk = workload.cohort
+    if inputs.device.type == "cpu":
+        chunk = _CPU_VMAP_CHUNK.get(workload.name, chunk)
+    chunks = list(zip(inputs.split(chunk), labels.split(chunk), weights.split(chunk), strict=True))
+
+    def loss(params, batch_inputs, batch_labels):
+        logits = torch.func.functional_call(model, params, (batch_inputs,))
+        return torch.nn.functional.cross_entropy(logits, batch_labels)
+
+    gradients = torch.func.vmap(torch.func.grad(loss))
+
+    def train_clients(chunk_inputs, chunk_labels) -> dict[str, Any]:
+        count = len(chunk_labels)
+        params = {name: value.expand(count, *value.shape) for name, value in global_params.items()}
+        for batch in _shuffled_batches(chunk_inputs, chunk_labels, workload.batch_size):
+            grads = gradients(params, *batch)
+            params = {
+                name: torch.add(value, grads[name], alpha=-workload.learning_rate)
+                for name, value in params.items()
+            }
+        return params
+
+    @torch.no_grad()
+    def run_round() -> None:
+        nonlocal global_params
+        averages = {name: torch.zeros_like(value) for name, value in global_params.items()}
+        for chunk_inputs, chunk_labels, chunk_weights in chunks:
+            params = train_clients(chunk_inputs, chunk_labels)
+            for name, average in averages.items():
+                average += torch.tensordot(chunk_weights, params[name], dims=1)
+        global_params = averages
+        _torch_wait(inputs.device)
+
+    return run_round
+
+
+def _fedjax_model(workload: Workload) -> Any:
+    """The workload's model as a `fedjax.Model`, made from a haiku function."""
+    import fedjax
+    import haiku as hk
+    import jax
+
+    def layers() -> list[Callable[..., Any]]:
+        if workload.name == "cnn":
+            return [
+                hk.Conv2D(32, 3, padding="VALID"),
+                jax.nn.relu,
+                hk.Conv2D(64, 3, padding="VALID"),
+                jax.nn.relu,
+                hk.MaxPool((1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+                hk.Flatten(),
+                hk.Linear(128),
+                jax.nn.relu,
+                hk.Linear(workload.num_classes),
+            ]
+        if workload.name == "mlp":
+            return [hk.Linear(64), jax.nn.relu, hk.Linear(workload.num_classes)]
+        return [hk.Linear(workload.num_classes)]
+
+    return fedjax.create_model_from_haiku(
+        transformed_forward_pass=hk.transform(lambda batch: hk.Sequential(layers())(batch["x"])),
+        sample_batch={"x": workload.inputs[0, :1], "y": workload.labels[0, :1]},
+        train_loss=lambda batch, logits: fedjax.metrics.unreduced_cross_entropy_loss(batch["y"], logits),
+    )
+
+
+def _torch_model(workload: Workload) -> Any:
+    """The workload's model as a `torch.nn.Sequential`."""
+    from torch import nn
+
+    if workload.name == "cnn":
+        return nn.Sequential(
+            nn.Conv2d(1, 32, 3),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 12 * 12, 128),
+            nn.ReLU(),
+            nn.Linear(128, workload.num_classes),
+        )
+    if workload.name == "mlp":
+        return nn.Sequential(nn.Linear(60, 64), nn.ReLU(), nn.Linear(64, workload.num_classes))
+    return nn.Sequential(nn.Linear(60, workload.num_classes))
+
+
+def _torch_data(workload: Workload) -> tuple[Any, Any]:
+    """The inputs (images with the channel before the height) and int64 labels, on the device."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = torch.tensor(workload.inputs, device=device)
+    if workload.name == "cnn":
+        inputs = inputs.permute(0, 1, 4, 2, 3).contiguous()
+    return inputs, torch.tensor(workload.labels, device=device, dtype=torch.int64)
+
+
+def _shuffled_batches(inputs: Any, labels: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """One epoch of batches [clients, batch_size, ...], each client in a random order of its own."""
+    import torch
+
+    clients, samples = labels.shape
+    order = torch.rand(clients, samples, device=labels.device).argsort(dim=1)
+    rows = torch.arange(clients, device=labels.device)[:, None]
+    return zip(
+        inputs[rows, order].split(batch_size, dim=1),
+        labels[rows, order].split(batch_size, dim=1),
+        strict=True,
+    )
+
+
+def _torch_wait(device: Any) -> None:
+    """Blocks until the device has finished what was sent to it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _client_weights(workload: Workload) -> list[float]:
+    """Each client's share of all samples."""
+    counts = np.full(workload.cohort, workload.labels.shape[1], np.float64)
+    return (counts / counts.sum()).tolist()
+
+
+PEERS: dict[str, Callable[[Workload], RoundFn]] = {
+    "fedjax": build_fedjax,
+    "torch_loop": build_torch_loop,
+    "torch_vmap": build_torch_vmap,
+}
+
+
+def available_peers() -> list[str]:
+    """Names of the peers whose packages are installed, in the order of `PEERS`."""
+    return [
+        name
+        for name in PEERS
+        if all(importlib.util.find_spec(package) for package in _REQUIRED_PACKAGES[name])
+    ]

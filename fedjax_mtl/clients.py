@@ -1,0 +1,260 @@
+"""Client updates: what ONE client does in a round. Nothing in here has a client axis.
+
+Three levels, each usable alone: a *gradient* (``loss_gradient`` and its wrappers, the local objectives), *local training* (a
+loop of optimiser steps over the client's batches), and the *client update* that an algorithm maps over a cohort.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_mtl import trees
+from fedjax_mtl.batching import Batch, BatchPlan, for_each_batch, gather
+from fedjax_mtl.federation import ClientView
+from fedjax_mtl.tasks import Task, example_losses
+
+PyTree = Any
+Losses = Callable[[PyTree, PyTree, jax.Array | None], jax.Array]
+Gradient = Callable[[PyTree, Batch, jax.Array], tuple[jax.Array, PyTree]]
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def loss_gradient(losses: Losses) -> Gradient:
+    """The weighted mean loss of a batch and its gradient.
+
+    The mean is ``sum_i weights_i loss_i / (number of real examples)``: padding counts for nothing, and weights are not
+    renormalised (FedEM's weighted loss divides by the batch size, not by the sum of responsibilities).
+    """
+
+    def mean_loss(params: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
+        values = losses(params, batch.examples, key) * batch.weights
+        return jnp.sum(jnp.where(batch.mask, values, 0)) / jnp.maximum(jnp.sum(batch.mask), 1)
+
+    return jax.value_and_grad(mean_loss)
+
+
+def proximal(gradient: Gradient, strength: float | jax.Array, anchor: PyTree) -> Gradient:
+    """Adds the gradient of ``strength / 2 * ||params - anchor||^2``; the reported loss stays that of the data.
+
+    With the round's starting point as anchor it is FedProx (Li et al., arXiv 1812.06127, equation 2); with any other anchor, an L2
+    penalty to it.
+    """
+
+    def pulled(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        loss, grads = gradient(params, batch, key)
+        return loss, jax.tree.map(lambda g, p, a: g + strength * (p - a), grads, params, anchor)
+
+    return pulled
+
+
+class Trained(NamedTuple):
+    """What local training leaves: parameters, optimiser state, the mean loss over the steps, the number of steps."""
+
+    params: PyTree
+    optimizer: optax.OptState
+    loss: jax.Array
+    num_steps: jax.Array
+
+
+def train(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    plan: BatchPlan,
+    params: PyTree,
+    optimizer_state: optax.OptState,
+    client: ClientView,
+    key: jax.Array,
+    *,
+    example_weights: jax.Array | None = None,
+    step_scale: jax.Array | float = 1.0,
+) -> Trained:
+    """Local SGD, or any optax optimiser, over the client's batches.
+
+    A client that makes fewer steps than its neighbours (less data, a budget) leaves parameters and optimiser state alone from then
+    on: no momentum, no weight decay.
+
+    Args:
+        gradient: see :func:`loss_gradient`; optimizer, plan: the local solver.
+        params, optimizer_state: where to start.
+        client, key: one client's view and key.
+        example_weights: float ``[capacity]`` by position.
+        step_scale: multiplies every optimiser update; the factor of a learning-rate schedule.
+    """
+
+    def step(carry, batch, step_key):
+        params, state, total = carry
+        loss, grads = gradient(params, batch, step_key)
+        updates, state = optimizer.update(grads, state, params)
+        updates = jax.tree.map(lambda u: u * jnp.asarray(step_scale, u.dtype), updates)
+        return optax.apply_updates(params, updates), state, total + loss
+
+    carry = (params, optimizer_state, jnp.zeros(()))
+    (params, state, total), done = for_each_batch(step, carry, client, plan, key, example_weights)
+    return Trained(params, state, total / jnp.maximum(done, 1), done)
+
+
+def local_losses(
+    losses: Losses, params: PyTree, client: ClientView, batch_size: int | None = None
+) -> jax.Array:
+    """The loss of each of the client's examples, by position, float ``[capacity, ...]``; padding holds 0.
+
+    ``losses`` may return more axes behind the examples', e.g. one loss a component. Batches of ``batch_size`` (None: all at once) bound the
+    memory; batches of nothing but padding are not computed.
+    """
+    capacity = client.rows.shape[0]
+    width = capacity if batch_size is None else min(batch_size, capacity)
+    slots = -(-capacity // width) * width
+
+    def block_at(start):
+        positions = start + jnp.arange(width)
+        block = losses(params, gather(client, jnp.minimum(positions, capacity - 1)), None)
+        real = (positions < client.size).reshape((-1,) + (1,) * (block.ndim - 1))
+        return jnp.where(real, block, 0)
+
+    def one(carry):
+        start, values = carry
+        values = jax.lax.dynamic_update_slice_in_dim(values, block_at(start), start, axis=0)
+        return start + width, values
+
+    start = jnp.zeros((), jnp.int32)
+    block = jax.eval_shape(block_at, start)
+    values = jnp.zeros((slots, *block.shape[1:]), block.dtype)
+    _, values = jax.lax.while_loop(lambda carry: carry[0] < client.size, one, (start, values))
+    return values[:capacity]
+
+
+class ClientResult(NamedTuple):
+    """What a client sends (``pseudo_gradient``, the start minus the result), keeps (``state``) and reports (``metrics``).
+
+    ``metrics`` holds scalars and always ``loss``, which the server's transformations see as ``losses``.
+    """
+
+    pseudo_gradient: PyTree
+    state: PyTree
+    metrics: dict[str, jax.Array]
+
+
+class ClientUpdate(NamedTuple):
+    """An algorithm's client side, as pure functions of one client.
+
+    Attributes:
+        init: ``params -> state``, what a client keeps between rounds.
+        update: ``(params, state, client, key) -> ClientResult``.
+        predict: ``(params, state, inputs [batch, ...]) -> outputs``, the client's personalised model.
+        adapt: ``(params, client, key) -> state`` for a client that was never trained with.
+        shared: path predicate of the leaves that travel. ``params`` is always the whole tree; the leaves that are not shared
+            stay as initialised there, and are None in pseudo-gradients.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[PyTree, PyTree, ClientView, jax.Array], ClientResult]
+    predict: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+    adapt: Callable[[PyTree, ClientView, jax.Array], PyTree]
+    shared: trees.PathPredicate = trees.everything
+
+
+class TrainerState(NamedTuple):
+    """What a locally training client keeps: its personal leaves, and its optimiser's state (or ``()``)."""
+
+    personal: PyTree
+    optimizer: Any
+
+
+def local_trainer(
+    model: Any,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    plan: BatchPlan,
+    *,
+    personal: trees.PathPredicate = trees.nothing,
+    phases: Sequence[tuple[trees.PathPredicate, BatchPlan]] | None = None,
+    proximal_strength: float | jax.Array = 0.0,
+    schedule: Schedule | None = None,
+    keep_optimizer: bool = False,
+    initial_loss: bool = False,
+    adaptation: BatchPlan | None = None,
+) -> ClientUpdate:
+    """A client that trains on its own data: FedAvg's, FedProx's, FedPer's, FedRep's, or one that shares nothing.
+
+    Args:
+        model, task: what is trained, on ``examples["inputs"]`` and ``examples["labels"]``.
+        optimizer: any optax optimiser. plan: how far a round goes.
+        personal: path predicate of the leaves that stay on the client; the others are the pseudo-gradient.
+        phases: alternation, e.g. head then body: each phase trains only the leaves its predicate selects, by its own plan.
+            Default: one phase, everything, ``plan``. Budgets apply to each phase.
+        proximal_strength: FedProx's mu; the anchor is the start of the round.
+        schedule: factor on the learning rate as a function of the round number.
+        keep_optimizer: keep momenta and counters from round to round instead of starting afresh. Needs one phase.
+        initial_loss: report the loss of the received model on all local data instead of the mean over the steps.
+        adaptation: fine-tuning of a newcomer (or, in FedAvg + tuning, of everybody before evaluation); None leaves the received model.
+    """
+    if keep_optimizer and phases is not None:
+        raise ValueError("keep_optimizer works with a single phase; drop phases or keep_optimizer")
+    losses = example_losses(model, task)
+    gradient = loss_gradient(losses)
+
+    def split(params):
+        return trees.partition(params, personal)
+
+    def init(params):
+        own, _ = split(params)
+        return TrainerState(own, optimizer.init(params) if keep_optimizer else ())
+
+    def train_phase(params, state, client, key, predicate, phase_plan):
+        moving, frozen = trees.partition(params, predicate)
+
+        def moving_gradient(leaves, batch, step_key):
+            return loss_gradient(lambda p, e, k: losses(trees.combine(p, frozen), e, k))(
+                leaves, batch, step_key
+            )
+
+        pulled = proximal(moving_gradient, proximal_strength, moving)
+        uses_anchor = not isinstance(proximal_strength, (int, float)) or proximal_strength != 0
+        result = train(
+            pulled if uses_anchor else moving_gradient,
+            optimizer,
+            phase_plan,
+            moving,
+            state if keep_optimizer else optimizer.init(moving),
+            client,
+            key,
+            step_scale=1.0 if schedule is None else schedule(client.round),
+        )
+        return result._replace(params=trees.combine(result.params, frozen))
+
+    def update(params, state, client, key):
+        start = trees.combine(state.personal, params)
+        current, optimizer_state = start, state.optimizer
+        metrics = {}
+        if initial_loss:
+            metrics["loss"] = jnp.sum(local_losses(losses, start, client, 256)) / jnp.maximum(client.size, 1)
+        for index, (predicate, phase_plan) in enumerate(phases or ((trees.everything, plan),)):
+            trained = train_phase(
+                current,
+                optimizer_state,
+                client,
+                jax.random.fold_in(key, index),
+                predicate,
+                phase_plan,
+            )
+            current = trained.params
+        own, shared = split(current)
+        metrics.setdefault("loss", trained.loss)
+        metrics["num_steps"] = trained.num_steps
+        kept = TrainerState(own, trained.optimizer if keep_optimizer else ())
+        return ClientResult(optax.tree.sub(split(start)[1], shared), kept, metrics)
+
+    def predict(params, state, inputs):
+        return model.apply(trees.combine(state.personal, params), inputs, None)
+
+    def adapt(params, client, key):
+        if adaptation is None:
+            return init(params)
+        tuned = train(gradient, optimizer, adaptation, params, optimizer.init(params), client, key)
+        # The newcomer keeps the whole tuned model, whatever it would share in training.
+        return TrainerState(tuned.params, ())
+
+    return ClientUpdate(init, update, predict, adapt, shared=lambda path: not personal(path))

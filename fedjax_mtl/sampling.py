@@ -1,0 +1,145 @@
+"""Cohort samplers: who takes part in a round, as a pure function of a key and the round number.
+
+A sampler is ``(key, round_index, federation) -> Cohort``; its cohort size is a shape and so the same in every round.
+Where fewer clients can come, the empty slots are marked absent.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_mtl.federation import NO_BUDGET, Cohort, Federation, Population
+
+Sampler = Callable[[jax.Array, jax.Array, Federation], Cohort]
+
+
+def make_cohort(federation: Federation, client_ids: jax.Array, present: jax.Array | None = None) -> Cohort:
+    """The cohort of these clients; ``client_ids`` int32 ``[cohort]``, ``present`` bool ``[cohort]`` (default: all)."""
+    present = jnp.ones(client_ids.shape, bool) if present is None else present
+    rows = federation.take(client_ids)
+    shares = rows.sizes / jnp.sum(federation.sizes)
+    return Cohort(
+        federation=rows._replace(sizes=jnp.where(present, rows.sizes, 0)),
+        client_ids=client_ids,
+        present=present,
+        budgets=jnp.full(client_ids.shape, NO_BUDGET, jnp.int32),
+        shares=jnp.where(present, shares, 0.0),
+    )
+
+
+def _check_cohort_size(cohort_size: int, num_clients: int) -> None:
+    if not 1 <= cohort_size <= num_clients:
+        raise ValueError(
+            f"cohort_size is {cohort_size} but the federation has {num_clients} clients; "
+            f"choose 1..{num_clients}, or sample with replacement"
+        )
+
+
+def full_participation() -> Sampler:
+    """All clients, in order, in every round."""
+
+    def sample(key, round_index, federation):
+        del key, round_index
+        return make_cohort(federation, jnp.arange(federation.num_clients, dtype=jnp.int32))
+
+    return sample
+
+
+def uniform(cohort_size: int) -> Sampler:
+    """``cohort_size`` different clients, all sets equally likely.
+
+    Raises:
+        ValueError: (when traced) the federation has fewer clients.
+    """
+
+    def sample(key, round_index, federation):
+        del round_index
+        _check_cohort_size(cohort_size, federation.num_clients)
+        ids = jax.random.permutation(key, federation.num_clients)[:cohort_size]
+        return make_cohort(federation, ids.astype(jnp.int32))
+
+    return sample
+
+
+def weighted(cohort_size: int, probabilities: jax.Array, *, replace: bool = False) -> Sampler:
+    """Clients drawn in proportion to ``probabilities`` ``[clients]``.
+
+    Without replacement one after the other in proportion to what is left (Gumbel top-k). With replacement a client may fill
+    several slots; each then trains on its own key, and one of them keeps the client's state.
+
+    Raises:
+        ValueError: (when traced) the federation has fewer clients and ``replace`` is False, or the number of probabilities differs.
+    """
+
+    def sample(key, round_index, federation):
+        del round_index
+        if probabilities.shape != (federation.num_clients,):
+            raise ValueError(
+                f"probabilities has shape {probabilities.shape}; "
+                f"give one for each of the {federation.num_clients} clients"
+            )
+        log_p = jnp.log(probabilities)
+        if replace:
+            ids = jax.random.categorical(key, log_p, shape=(cohort_size,))
+        else:
+            _check_cohort_size(cohort_size, federation.num_clients)
+            _, ids = jax.lax.top_k(log_p + jax.random.gumbel(key, log_p.shape), cohort_size)
+        # A client of probability 0 can only be drawn when nobody else is left.
+        return make_cohort(federation, ids.astype(jnp.int32), probabilities[ids] > 0)
+
+    return sample
+
+
+def available(cohort_size: int, trace: jax.Array) -> Sampler:
+    """Uniform over the clients that are available: ``trace`` is bool ``[rounds, clients]``, repeated when rounds run past it.
+
+    When fewer than ``cohort_size`` clients are available the remaining slots are absent.
+
+    Raises:
+        ValueError: (when traced) the trace's clients are not the federation's, or there are fewer than ``cohort_size``.
+    """
+
+    def sample(key, round_index, federation):
+        if trace.ndim != 2 or trace.shape[1] != federation.num_clients:
+            raise ValueError(
+                f"the availability trace has shape {trace.shape}; "
+                f"give [rounds, {federation.num_clients}], a column for each client"
+            )
+        _check_cohort_size(cohort_size, federation.num_clients)
+        here = trace[round_index % trace.shape[0]]
+        order = jnp.where(here, jax.random.uniform(key, here.shape), jnp.inf)
+        ids = jnp.argsort(order)[:cohort_size].astype(jnp.int32)
+        return make_cohort(federation, ids, here[ids])
+
+    return sample
+
+
+def straggling(sampler: Sampler, budget: Callable[[jax.Array, Cohort], jax.Array]) -> Sampler:
+    """Gives the clients of another sampler budgets of local steps: ``budget(key, cohort) -> int32 [cohort]``."""
+
+    def sample(key, round_index, federation):
+        cohort_key, budget_key = jax.random.split(key)
+        cohort = sampler(cohort_key, round_index, federation)
+        return cohort._replace(budgets=budget(budget_key, cohort).astype(jnp.int32))
+
+    return sample
+
+
+def sample_population(
+    samplers: dict[str, Sampler], key: jax.Array, round_index: jax.Array, population: Population
+) -> dict[str, Cohort]:
+    """One cohort a group of a heterogeneous population, each by its own sampler and key.
+
+    Raises:
+        ValueError: samplers and population do not name the same groups.
+    """
+    if set(samplers) != set(population):
+        raise ValueError(
+            f"samplers are given for {sorted(samplers)} but the population has the groups {sorted(population)}"
+        )
+    names = sorted(population)
+    keys = jax.random.split(key, len(names))
+    return {
+        name: samplers[name](k, round_index, population[name]) for name, k in zip(names, keys, strict=True)
+    }

@@ -1,0 +1,127 @@
+"""Communication graphs of decentralised training, and the mixing matrices on them.
+
+All plain numpy and networkx: a mixing matrix is made once, before anything is compiled.
+"""
+
+import networkx as nx
+import numpy as np
+
+
+def complete(num_clients: int) -> nx.Graph:
+    """Everybody talks to everybody."""
+    return nx.complete_graph(num_clients)
+
+
+def ring(num_clients: int) -> nx.Graph:
+    """Each client talks to two neighbours."""
+    return nx.cycle_graph(num_clients)
+
+
+def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx.Graph:
+    """Each pair is connected with this probability (FedEM's decentralised experiments: 0.5); redrawn until connected.
+
+    Raises:
+        ValueError: no connected graph in 1000 draws.
+    """
+    for attempt in range(1000):
+        graph = nx.gnp_random_graph(num_clients, probability, seed=seed + 7919 * attempt)
+        if nx.is_connected(graph):
+            return graph
+    raise ValueError(
+        f"no connected Erdos-Renyi graph of {num_clients} clients in 1000 draws at probability {probability}; "
+        f"raise it well above log(clients) / clients = {np.log(num_clients) / num_clients:.3f}"
+    )
+
+
+def _check(graph: nx.Graph) -> None:
+    if not nx.is_connected(graph):
+        parts = [len(part) for part in nx.connected_components(graph)]
+        raise ValueError(
+            f"the communication graph falls into {len(parts)} parts of sizes {sorted(parts)}; "
+            "models of different parts would never mix, connect them"
+        )
+
+
+def metropolis_weights(graph: nx.Graph) -> np.ndarray:
+    """Metropolis-Hastings weights ``[clients, clients]``: ``W_ij = 1 / (1 + max(d_i, d_j))`` on edges, the rest on the diagonal.
+
+    Symmetric and doubly stochastic, from degrees alone.
+    """
+    _check(graph)
+    count = graph.number_of_nodes()
+    weights = np.zeros((count, count))
+    for i, j in graph.edges:
+        weights[i, j] = weights[j, i] = 1.0 / (1 + max(graph.degree[i], graph.degree[j]))
+    np.fill_diagonal(weights, 1.0 - weights.sum(axis=1))
+    return weights
+
+
+def mixing_rate(weights: np.ndarray) -> float:
+    """The second largest eigenvalue modulus of a symmetric mixing matrix; the disagreement of clients shrinks by it in each gossip step."""
+    count = len(weights)
+    return float(np.abs(np.linalg.eigvalsh(weights - np.ones((count, count)) / count)).max())
+
+
+def _project_vertex(values: np.ndarray, limit: float) -> np.ndarray:
+    """The closest point with entries >= 0 that sum to at most ``limit``."""
+    clipped = np.maximum(values, 0)
+    if clipped.sum() <= limit:
+        return clipped
+    ordered = np.sort(values)[::-1]
+    excess = (np.cumsum(ordered) - limit) / np.arange(1, len(values) + 1)
+    rho = np.nonzero(ordered > excess)[0][-1]
+    return np.maximum(values - excess[rho], 0)
+
+
+def fastest_mixing_weights(graph: nx.Graph, iterations: int = 300) -> np.ndarray:
+    """Approximates the fastest mixing Markov chain on a graph, symmetric ``[clients, clients]``, with ``W_ii >= 0``.
+
+    Boyd, Diaconis, Xiao, SIAM Review 46 (2004): minimise :func:`mixing_rate` over the edges' weights. The problem is convex; this is their projected
+    subgradient method (section 5) with step 1/k, from Metropolis-Hastings weights, keeping the best iterate. FedEM's decentralised experiments use this chain;
+    their released code also forces ``W_ii = 0``, so that each client throws its own model away: see :func:`without_self_loops`.
+    """
+    best = metropolis_weights(graph)
+    best_rate = mixing_rate(best)
+    edges = np.array(graph.edges)
+    values = best[edges[:, 0], edges[:, 1]]
+    count = graph.number_of_nodes()
+    incident = [np.nonzero((edges == node).any(axis=1))[0] for node in range(count)]
+    for k in range(1, iterations + 1):
+        weights = _from_edges(values, edges, count)
+        eigenvalues, vectors = np.linalg.eigh(weights - np.ones((count, count)) / count)
+        which = int(np.argmax(np.abs(eigenvalues)))
+        u = vectors[:, which]
+        # d lambda / d w_ij = -(u_i - u_j)^2, and the modulus has the eigenvalue's sign.
+        subgradient = -np.sign(eigenvalues[which]) * (u[edges[:, 0]] - u[edges[:, 1]]) ** 2
+        values = values - subgradient / (k * np.linalg.norm(subgradient))
+        for own in incident:
+            values[own] = _project_vertex(values[own], 1.0)
+        weights = _from_edges(values, edges, count)
+        rate = mixing_rate(weights)
+        if rate < best_rate:
+            best, best_rate = weights, rate
+    return best
+
+
+def _from_edges(values: np.ndarray, edges: np.ndarray, count: int) -> np.ndarray:
+    weights = np.zeros((count, count))
+    weights[edges[:, 0], edges[:, 1]] = weights[edges[:, 1], edges[:, 0]] = values
+    np.fill_diagonal(weights, 1.0 - weights.sum(axis=1))
+    return weights
+
+
+def without_self_loops(weights: np.ndarray, iterations: int = 1000) -> np.ndarray:
+    """The mixing matrix with its diagonal forced to zero, symmetric and doubly stochastic again (Sinkhorn's iteration).
+
+    This is the defect of FedEM's released code, for comparison with it.
+
+    Raises:
+        ValueError: no such matrix on this graph, e.g. a client with a single neighbour that others need too.
+    """
+    result = weights - np.diag(np.diag(weights))
+    for _ in range(iterations):
+        scale = 1.0 / np.sqrt(result.sum(axis=1))
+        result = scale[:, None] * result * scale[None, :]
+    if np.abs(result.sum(axis=1) - 1).max() > 1e-6:
+        raise ValueError("this graph admits no doubly stochastic matrix with a zero diagonal")
+    return result

@@ -1,0 +1,91 @@
+"""Pytrees with a client axis, and predicates on paths that say what is shared.
+
+A *path* is a tuple of strings, ``("decoders", "depth", "kernel")`` for ``params["decoders"]["depth"]["kernel"]``;
+a *predicate* maps a path to a bool. What is shared and what stays on a client is such a predicate, never a class.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Path = tuple[str, ...]
+PathPredicate = Callable[[Path], bool]
+
+
+def everything(path: Path) -> bool:
+    """The predicate that selects all leaves."""
+    del path
+    return True
+
+
+def nothing(path: Path) -> bool:
+    """The predicate that selects no leaf."""
+    del path
+    return False
+
+
+def under(*names: str) -> PathPredicate:
+    """Selects the leaves below any top-level entry named here, e.g. ``under("decoder")``."""
+    return lambda path: bool(path) and path[0] in names
+
+
+def _as_path(key_path: Sequence[Any]) -> Path:
+    return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
+
+
+def partition(tree: PyTree, predicate: PathPredicate) -> tuple[PyTree, PyTree]:
+    """Splits ``tree`` into ``(selected, rest)``, each with ``None`` in the places of the other.
+
+    ``None`` is an empty subtree to JAX, so both parts go through maps, optimisers and transformations as they are.
+    """
+    selected = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if predicate(_as_path(path)) else None, tree
+    )
+    rest = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if predicate(_as_path(path)) else leaf, tree
+    )
+    return selected, rest
+
+
+def combine(first: PyTree, second: PyTree) -> PyTree:
+    """The inverse of :func:`partition`: fills the ``None`` places of ``first`` from ``second``."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def broadcast_clients(tree: PyTree, num_clients: int) -> PyTree:
+    """Repeats every leaf along a new leading client axis, ``[...] -> [num_clients, ...]``."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_clients, *leaf.shape)), tree)
+
+
+def take_clients(tree: PyTree, client_ids: jax.Array) -> PyTree:
+    """Rows ``client_ids`` of every leaf, ``[clients, ...] -> [cohort, ...]``."""
+    return jax.tree.map(lambda leaf: leaf[client_ids], tree)
+
+
+def put_clients(tree: PyTree, client_ids: jax.Array, rows: PyTree, present: jax.Array) -> PyTree:
+    """Writes ``rows`` ``[cohort, ...]`` at ``client_ids``; slots that are not ``present`` leave the tree as it was."""
+
+    def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        slots = jnp.where(present, client_ids, leaf.shape[0])
+        return leaf.at[slots].set(new.astype(leaf.dtype), mode="drop")
+
+    return jax.tree.map(put, tree, rows)
+
+
+def weighted_sum(weights: jax.Array, tree: PyTree) -> PyTree:
+    """``sum_c weights[c] * leaf[c]`` for every leaf, ``[clients, ...] -> [...]``."""
+    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1), tree)
+
+
+def where(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """``jnp.where`` of a scalar condition on every leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def flat_clients(tree: PyTree) -> jax.Array:
+    """Every client's leaves in one row, ``[clients, ...] -> [clients, parameters]``."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)

@@ -1,0 +1,12 @@
+"""Strict numerics, four host devices, and a compilation cache that makes repeated runs fast."""
+
+import os
+
+# Before anything touches a device. Four devices on whatever cores there are, so that sharded paths are exercised.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
