@@ -4,18 +4,24 @@ Every peer runs the same round on the same `Workload`: each client starts from t
 takes one epoch of minibatch SGD over its own samples in a fresh random order, and the new global
 model is the average of the clients' models weighted by their sample counts.
 
-- `fedjax`: google/fedjax (PyPI `fedjax`), by its public pieces: a haiku model, one `ClientDataset`
-  per client batched by `shuffle_repeat_batch`, and `for_each_client` with the jit backend, which
-  dispatches one compiled step per client and batch. The step carries no random key, since these
-  models draw nothing; that makes it faster than `fedjax.algorithms.fed_avg`.
-- `torch_loop`: a plain PyTorch loop over clients and batches, with preloaded tensors and a manual
-  SGD update (faster than `torch.optim.SGD`).
+Stock peers, what a user of the tool runs:
+
+- `fedjax`: google/fedjax (PyPI `fedjax`) with its own `fedjax.algorithms.fed_avg`, the jit backend
+  of `for_each_client`, which dispatches one compiled step per client and batch, a haiku model, and
+  one `ClientDataset` per client. Like its client samplers, every round splits new client keys.
+- `torch_loop`: the plain PyTorch loop over clients and batches: load the global state, then
+  `torch.optim.SGD` with zero_grad, backward and step. The tensors are preloaded on the device.
+
+Tuned peers, what the tool allows with more care:
+
+- `torch_loop_tuned`: the same loop with `torch.autograd.grad`, fused updates of all parameters in
+  place of an optimizer, and channels-last convolutions.
 - `torch_vmap`: PyTorch with the clients' parameters stacked, `torch.func.vmap` over the gradient
   of a functional call, and one batched step for many clients at a time.
 
 The rounds cost the same only if the batch size divides the sample count: of a last, partial batch
 the PyTorch peers take the samples there are, while fedjax fills it up. The initial weights are each
-tool's own. Both PyTorch peers use the first GPU if PyTorch sees one; the number of CPU threads is
+tool's own. The PyTorch peers use the first GPU if PyTorch sees one; the number of CPU threads is
 left to the caller's settings. This module itself needs only numpy; a peer imports its packages when
 it is built.
 """
@@ -36,6 +42,7 @@ _CPU_VMAP_CHUNK = {"cnn": 2}
 _REQUIRED_PACKAGES = {
     "fedjax": ("fedjax", "jax", "haiku"),
     "torch_loop": ("torch",),
+    "torch_loop_tuned": ("torch",),
     "torch_vmap": ("torch",),
 }
 
@@ -64,53 +71,80 @@ class Workload(NamedTuple):
 
 
 def build_fedjax(workload: Workload) -> RoundFn:
-    """Prepares the `fedjax` peer; the returned function runs one round."""
+    """Prepares the stock `fedjax` peer; the returned function runs one round."""
     import fedjax
     import jax
+    from fedjax.algorithms import fed_avg
 
     # fedjax 0.0.17 calls jax.tree_map, which newer versions of jax have dropped.
     if not hasattr(jax, "tree_map"):
         jax.tree_map = jax.tree_util.tree_map
 
     model = _fedjax_model(workload)
-    gradient = fedjax.model_grad(model)
-    optimizer = fedjax.optimizers.sgd(workload.learning_rate)
-    hparams = fedjax.ShuffleRepeatBatchHParams(batch_size=workload.batch_size, num_epochs=1)
     datasets = [
         fedjax.ClientDataset({"x": inputs, "y": labels})
         for inputs, labels in zip(workload.inputs, workload.labels, strict=True)
     ]
-
-    def client_init(params, client_input):
-        return params, optimizer.init(params)
-
-    def client_step(state, batch):
-        params, opt_state = state
-        opt_state, params = optimizer.apply(gradient(params, batch, None), opt_state, params)
-        return params, opt_state
-
-    def client_final(params, state):
-        return state[0]
-
     with fedjax.for_each_client_backend("jit"):
-        train_clients = fedjax.for_each_client(client_init, client_step, client_final)
-    global_params = model.init(jax.random.PRNGKey(0))
+        algorithm = fed_avg.federated_averaging(
+            grad_fn=fedjax.model_grad(model),
+            client_optimizer=fedjax.optimizers.sgd(workload.learning_rate),
+            server_optimizer=fedjax.optimizers.sgd(1.0),
+            client_batch_hparams=fedjax.ShuffleRepeatBatchHParams(
+                batch_size=workload.batch_size, num_epochs=1
+            ),
+        )
+    init_key, round_key = jax.random.split(jax.random.PRNGKey(0))
+    server_state = algorithm.init(model.init(init_key))
 
     def run_round() -> None:
-        nonlocal global_params
+        nonlocal round_key, server_state
+        round_key, clients_key = jax.random.split(round_key)
+        client_keys = jax.random.split(clients_key, len(datasets))
         clients = [
-            (number, dataset.shuffle_repeat_batch(hparams), None) for number, dataset in enumerate(datasets)
+            (number, dataset, key)
+            for number, (dataset, key) in enumerate(zip(datasets, client_keys, strict=True))
         ]
-        global_params = fedjax.tree_util.tree_mean(
-            (params, len(datasets[number])) for number, params in train_clients(global_params, clients)
-        )
-        jax.block_until_ready(global_params)
+        server_state, _ = algorithm.apply(server_state, clients)
+        jax.block_until_ready(server_state.params)
 
     return run_round
 
 
 def build_torch_loop(workload: Workload) -> RoundFn:
-    """Prepares the `torch_loop` peer; the returned function runs one round."""
+    """Prepares the stock `torch_loop` peer; the returned function runs one round."""
+    import torch
+    import torch.nn.functional as F
+
+    inputs, labels = _torch_data(workload)
+    model = _torch_model(workload).to(inputs.device)
+    global_state = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = _client_weights(workload)
+
+    def train_client(client_inputs, client_labels) -> None:
+        model.load_state_dict(global_state)
+        optimizer = torch.optim.SGD(model.parameters(), lr=workload.learning_rate)
+        for batch_inputs, batch_labels in _client_batches(client_inputs, client_labels, workload.batch_size):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch_inputs), batch_labels)
+            loss.backward()
+            optimizer.step()
+
+    def run_round() -> None:
+        nonlocal global_state
+        averages = {name: torch.zeros_like(value) for name, value in global_state.items()}
+        for client_inputs, client_labels, weight in zip(inputs, labels, weights, strict=True):
+            train_client(client_inputs, client_labels)
+            for name, value in model.state_dict().items():
+                averages[name] += weight * value
+        global_state = averages
+        _torch_wait(inputs.device)
+
+    return run_round
+
+
+def build_torch_loop_tuned(workload: Workload) -> RoundFn:
+    """Prepares the tuned `torch_loop_tuned` peer; the returned function runs one round."""
     import torch
 
     inputs, labels = _torch_data(workload)
@@ -121,13 +155,7 @@ def build_torch_loop(workload: Workload) -> RoundFn:
     weights = _client_weights(workload)
 
     def train_client(client_inputs, client_labels) -> None:
-        order = torch.randperm(len(client_labels), device=client_labels.device)
-        batches = zip(
-            client_inputs[order].split(workload.batch_size),
-            client_labels[order].split(workload.batch_size),
-            strict=True,
-        )
-        for batch_inputs, batch_labels in batches:
+        for batch_inputs, batch_labels in _client_batches(client_inputs, client_labels, workload.batch_size):
             loss = torch.nn.functional.cross_entropy(model(batch_inputs), batch_labels)
             grads = torch.autograd.grad(loss, params)
             with torch.no_grad():
@@ -148,7 +176,7 @@ def build_torch_loop(workload: Workload) -> RoundFn:
 
 
 def build_torch_vmap(workload: Workload) -> RoundFn:
-    """Prepares the `torch_vmap` peer; the returned function runs one round."""
+    """Prepares the tuned `torch_vmap` peer; the returned function runs one round."""
     import torch
 
     inputs, labels = _torch_data(workload)
@@ -253,6 +281,14 @@ def _torch_data(workload: Workload) -> tuple[Any, Any]:
     return inputs, torch.tensor(workload.labels, device=device, dtype=torch.int64)
 
 
+def _client_batches(inputs: Any, labels: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """One epoch of one client's batches [batch_size, ...], in a random order."""
+    import torch
+
+    order = torch.randperm(len(labels), device=labels.device)
+    return zip(inputs[order].split(batch_size), labels[order].split(batch_size), strict=True)
+
+
 def _shuffled_batches(inputs: Any, labels: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """One epoch of batches [clients, batch_size, ...], each client in a random order of its own."""
     import torch
@@ -284,6 +320,7 @@ def _client_weights(workload: Workload) -> list[float]:
 PEERS: dict[str, Callable[[Workload], RoundFn]] = {
     "fedjax": build_fedjax,
     "torch_loop": build_torch_loop,
+    "torch_loop_tuned": build_torch_loop_tuned,
     "torch_vmap": build_torch_vmap,
 }
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl import costs, trees
 from fedjax_mtl.clients import ClientResult, ClientUpdate
 from fedjax_mtl.execution import (
     Execution,
@@ -32,6 +33,7 @@ class Algorithm(NamedTuple):
         predict: ``(state, client_ids [clients], inputs [clients, batch, ...]) -> outputs [clients, batch, ...]``: each client's
             own personalised model.
         adapt: ``(state, newcomers: Federation, key) -> state``, a state whose clients are the newcomers.
+        traffic: ``state -> (bytes up, bytes down)``, what one participating client sends and receives in a round.
         tuned: clients are judged after ``adapt`` on their own training data, trained or not (FedAvg + tuning).
     """
 
@@ -39,6 +41,7 @@ class Algorithm(NamedTuple):
     round: Callable[[PyTree, Cohort, jax.Array], tuple[PyTree, Metrics]]
     predict: Callable[[PyTree, jax.Array, PyTree], PyTree]
     adapt: Callable[[PyTree, Federation, jax.Array], PyTree]
+    traffic: Callable[[PyTree], tuple[int, int]]
     tuned: bool = False
 
 
@@ -201,7 +204,11 @@ def federated(
         clients = adapt_clients(client, how, state.params, state.round, newcomers, key)
         return state._replace(clients=clients)
 
-    return Algorithm(init, round, predict, adapt, tuned)
+    def traffic(state):
+        size = costs.tree_bytes(trees.partition(state.params, client.shared)[0])
+        return size, size
+
+    return Algorithm(init, round, predict, adapt, traffic, tuned)
 
 
 def _check_step(steps: PyTree, params: PyTree) -> None:
@@ -319,7 +326,13 @@ def decentralized(
         clients = adapt_clients(client, how, mean, state.round, newcomers, key)
         return DecentralizedState(state.round, trees.broadcast_clients(mean, newcomers.num_clients), clients)
 
-    return Algorithm(init, round, predict, adapt)
+    def traffic(state):
+        moving = trees.partition(state.params, client.shared)[0]
+        neighbours = np.mean(np.sum(np.asarray(mixing_matrix) > 0, axis=1) - 1)
+        size = int(round(neighbours * costs.tree_bytes(moving) / num_clients))
+        return size, size
+
+    return Algorithm(init, round, predict, adapt, traffic)
 
 
 def _execution_of_copies(params: PyTree, execution: Execution | None) -> Execution:

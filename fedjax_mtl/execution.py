@@ -17,7 +17,7 @@ MODES = ("vmap", "map", "chunk", "loop")
 CLIENT_AXIS = "clients"
 
 # A chunk of clients should fit a core's cache on CPUs and leave an accelerator room for activations.
-_CPU_CHUNK_BYTES = 2**19
+_CPU_CHUNK_BYTES = 2**18
 _ACCELERATOR_CHUNK_BYTES = 2**31
 _LARGEST_CPU_CHUNK = 32
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl import costs, trees
 from fedjax_mtl.algorithm import (
     Algorithm,
     client_key,
@@ -259,4 +259,8 @@ def clustered(
         params = trees.take_clients(models, best)
         return state._replace(params=params, clients=jax.vmap(client.init)(params))
 
-    return Algorithm(init, round, predict, adapt)
+    def traffic(state):
+        size = costs.tree_bytes(state.params) // num_clients
+        return size, size
+
+    return Algorithm(init, round, predict, adapt, traffic)

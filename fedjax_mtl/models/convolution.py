@@ -1,5 +1,6 @@
 """A convolution that stays fast when every client has its own weights."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -18,6 +19,26 @@ def patches(inputs: jax.Array, kernel_size: tuple[int, int], strides: tuple[int,
         for j in range(kw)
     ]
     return jnp.concatenate(slices, axis=-1)
+
+
+@jax.custom_jvp
+def patch_product(windows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``windows @ kernel``, ``[..., k], [k, features] -> [..., features]``, with the kernel's gradient in the order that is fast on CPUs.
+
+    Of the two ways to contract over the (many) windows, XLA's CPU backend is nearly twice as fast with the few features on the left.
+    """
+    return windows @ kernel
+
+
+@patch_product.defjvp
+def _patch_product_jvp(primals, tangents):
+    windows, kernel = primals
+    windows_dot, kernel_dot = tangents
+    # The transpose of this, which is what reverse mode runs, contracts (features, windows) with (windows, k).
+    flat = windows.reshape(-1, windows.shape[-1])
+    by_feature = jax.lax.dot_general(kernel_dot.T, flat, (((1,), (1,)), ((), ())))
+    outputs_dot = by_feature.T.reshape(*windows.shape[:-1], -1)
+    return windows @ kernel, windows_dot @ kernel + outputs_dot
 
 
 class PatchConv(nn.Module):
@@ -53,18 +74,18 @@ class PatchConv(nn.Module):
             pads = jax.lax.padtype_to_pads(inputs.shape[1:3], size, strides, "SAME")
             inputs = jnp.pad(inputs, ((0, 0), *pads, (0, 0)))
         windows = patches(inputs, size, strides)
-        outputs = windows @ kernel.reshape(-1, self.features)
+        outputs = patch_product(windows, kernel.reshape(-1, self.features))
         if self.use_bias:
             outputs = outputs + self.param("bias", self.bias_init, (self.features,))
         return outputs
 
 
 def max_pool(inputs: jax.Array, size: int) -> jax.Array:
-    """Non-overlapping max pooling by reshape, ``[batch, h, w, c] -> [batch, h // size, w // size, c]``; a remainder is dropped.
+    """Non-overlapping max pooling, ``[batch, h, w, c] -> [batch, h // size, w // size, c]``; a remainder is dropped.
 
-    A reduction over reshaped axes is several times faster than ``reduce_window`` on CPUs, forward and backward.
+    As maxima of strided slices, which are several times faster than ``reduce_window`` on CPUs, forward and backward. Among equal maxima the
+    gradient is shared.
     """
-    batch, height, width, channels = inputs.shape
-    height, width = height // size, width // size
-    cropped = inputs[:, : height * size, : width * size]
-    return jnp.max(cropped.reshape(batch, height, size, width, size, channels), axis=(2, 4))
+    height, width = inputs.shape[1] // size * size, inputs.shape[2] // size * size
+    slices = [inputs[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]
+    return functools.reduce(jnp.maximum, slices)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fedjax_mtl.models.base import Model, from_flax
 from fedjax_mtl.models.convolution import PatchConv, max_pool
+from fedjax_mtl.models.dense import Dense
 
 
 def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -33,7 +34,7 @@ class _Body(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width, **_torch_kwargs(x.shape[-1]))(x))
+            x = nn.relu(Dense(width, **_torch_kwargs(x.shape[-1]))(x))
         return x
 
 
@@ -46,7 +47,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         del train
         x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
+        return Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
 
 
 class MLP(nn.Module):
@@ -59,7 +60,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         del train
         x = _Body(self.hidden, name="encoder")(x.reshape(x.shape[0], -1))
-        return nn.Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
+        return Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
 
 
 class _ConvBody(nn.Module):
@@ -80,10 +81,11 @@ class _ConvBody(nn.Module):
                 padding="VALID",
                 **_torch_kwargs(self.kernel**2 * x.shape[-1]),
             )
-            x = nn.relu(layer(x))
-            x = max_pool(x, 2) if pool else x
+            x = layer(x)
+            # ReLU and max commute; on the pooled map it is a quarter of the work.
+            x = nn.relu(max_pool(x, 2) if pool else x)
         x = x.reshape(x.shape[0], -1)
-        return nn.relu(nn.Dense(self.hidden, **_torch_kwargs(x.shape[-1]))(x))
+        return nn.relu(Dense(self.hidden, **_torch_kwargs(x.shape[-1]))(x))
 
 
 class TwoLayerCNN(nn.Module):
@@ -105,7 +107,7 @@ class TwoLayerCNN(nn.Module):
         del train
         body = _ConvBody(self.channels, self.kernel, self.pools, self.hidden, self.conv, name="encoder")
         x = body(x)
-        return nn.Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
+        return Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
 
 
 class _RecurrentBody(nn.Module):
@@ -146,7 +148,7 @@ class CharLSTM(nn.Module):
         del train
         body = _RecurrentBody(self.vocabulary, self.embedding, self.hidden, self.layers, name="encoder")
         x = body(x)
-        return nn.Dense(self.vocabulary, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
+        return Dense(self.vocabulary, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
 
 
 def linear(input_shape: tuple[int, ...], outputs: int) -> Model:

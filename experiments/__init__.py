@@ -1,0 +1,1 @@
+"""Launchers: configs to work directories, work directories to tables and figures."""

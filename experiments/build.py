@@ -1,0 +1,366 @@
+"""From a config to the objects of a run: data, model, algorithm, sampler, execution.
+
+The only place that reads configs; everything built here takes plain arguments. Fields that a factory does not know are refused by name.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from experiments.datasets import DATASETS, Problem
+from fedjax_mtl import (
+    Algorithm,
+    Execution,
+    algorithms,
+    batching,
+    default_execution,
+    make_execution,
+    models,
+    sampling,
+    topology,
+)
+
+
+def call(factory: Callable, settings: dict[str, Any], where: str) -> Any:
+    """``factory(**settings)``, after checking the names.
+
+    Raises:
+        ValueError: a setting the factory does not take, or one it needs that is missing, naming the config field.
+    """
+    parameters = inspect.signature(factory).parameters
+    unknown = sorted(set(settings) - set(parameters))
+    if unknown:
+        raise ValueError(f"unknown field {where}.{unknown[0]}; known fields: {', '.join(sorted(parameters))}")
+    missing = sorted(
+        name
+        for name, p in parameters.items()
+        if p.default is inspect.Parameter.empty and name not in settings
+    )
+    if missing:
+        raise ValueError(f"missing field {where}.{missing[0]}")
+    return factory(**settings)
+
+
+def choose(table: dict[str, Any], name: str, where: str) -> Any:
+    """``table[name]``, or a ValueError that lists what there is."""
+    if name not in table:
+        raise ValueError(f"unknown {where} {name!r}; expected one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+def make_problem(config: ml_collections.ConfigDict) -> Problem:
+    """Loads and federates ``config.data``."""
+    settings = dict(config.data)
+    return call(choose(DATASETS, settings.pop("name"), "config.data.name"), settings, "config.data")
+
+
+def _linear(problem: Problem) -> models.Model:
+    return models.linear(problem.input_shape, problem.num_outputs)
+
+
+def _mlp(problem: Problem, *, hidden: tuple[int, ...]) -> models.Model:
+    return models.mlp(problem.input_shape, problem.num_outputs, hidden)
+
+
+def _cnn(problem: Problem, *, channels: tuple[int, ...], kernel: int, hidden: int) -> models.Model:
+    return models.cnn(
+        problem.input_shape, problem.num_outputs, channels=channels, kernel=kernel, hidden=hidden
+    )
+
+
+def _lstm(problem: Problem, *, embedding: int, hidden: int, layers: int) -> models.Model:
+    return models.lstm(
+        problem.input_shape[0], problem.num_outputs, embedding=embedding, hidden=hidden, layers=layers
+    )
+
+
+MODELS = {"linear": _linear, "mlp": _mlp, "cnn": _cnn, "lstm": _lstm}
+
+
+def make_model(config: ml_collections.ConfigDict, problem: Problem) -> models.Model:
+    """The model of ``config.model`` for this problem."""
+    settings = dict(config.model)
+    factory = choose(MODELS, settings.pop("name"), "config.model.name")
+    return call(factory, {"problem": problem, **settings}, "config.model")
+
+
+def make_optimizer(
+    *, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0, name: str = "sgd"
+) -> optax.GradientTransformation:
+    """SGD or Adam with L2 regularisation in the gradient, as PyTorch's weight decay."""
+    table = {
+        "sgd": lambda: optax.sgd(learning_rate, momentum=momentum or None),
+        "adam": lambda: optax.adam(learning_rate),
+    }
+    optimizer = choose(table, name, "optimizer")()
+    if weight_decay:
+        return optax.chain(optax.add_decayed_weights(weight_decay), optimizer)
+    return optimizer
+
+
+def make_schedule(name: str, num_rounds: int) -> Callable[[jax.Array], jax.Array]:
+    """The factor on the local learning rate by round: ``constant``, ``multi_step``, ``cosine``, ``sqrt`` or ``linear``, FedEM's five."""
+    half, later = num_rounds // 2, 3 * (num_rounds // 4)
+    table = {
+        "constant": lambda r: jnp.ones(()),
+        "multi_step": lambda r: jnp.where(r < half, 1.0, jnp.where(r < later, 0.1, 0.01)),
+        "cosine": optax.cosine_decay_schedule(1.0, max(num_rounds, 1)),
+        "sqrt": lambda r: jax.lax.rsqrt(r + 1.0),
+        "linear": lambda r: 1.0 / (r + 1.0),
+    }
+    return choose(table, name, "config.client.schedule")
+
+
+class Parts(NamedTuple):
+    """What the factories below compose."""
+
+    problem: Problem
+    model: models.Model
+    execution: Execution
+    plan: batching.BatchPlan
+    schedule: Callable[[jax.Array], jax.Array]
+    optimizer_settings: dict[str, Any]
+    keep_optimizer: bool
+
+    @property
+    def num_clients(self) -> int:
+        return self.problem.splits.train.num_clients
+
+    def optimizer(self, learning_rate: float, **changes: Any) -> optax.GradientTransformation:
+        return make_optimizer(**{**self.optimizer_settings, "learning_rate": learning_rate, **changes})
+
+    def common(self) -> dict[str, Any]:
+        """Arguments of every algorithm around a server."""
+        return {
+            "model": self.model,
+            "task": self.problem.task,
+            "num_clients": self.num_clients,
+            "execution": self.execution,
+        }
+
+    def training(self, learning_rate: float) -> dict[str, Any]:
+        """Arguments of every algorithm that trains locally by ``client``."""
+        return {
+            **self.common(),
+            "plan": self.plan,
+            "schedule": self.schedule,
+            "optimizer": self.optimizer(learning_rate),
+        }
+
+
+def _fedavg(parts: Parts, *, learning_rate: float, weighting: str = "samples") -> Algorithm:
+    return algorithms.fedavg(
+        **parts.training(learning_rate), keep_optimizer=parts.keep_optimizer, weighting=weighting
+    )
+
+
+def _fedavg_tuned(parts: Parts, *, learning_rate: float, adaptation_epochs: int = 1) -> Algorithm:
+    adaptation = batching.epochs(adaptation_epochs, parts.plan.batch_size)
+    return algorithms.fedavg_tuned(
+        **parts.training(learning_rate), keep_optimizer=parts.keep_optimizer, adaptation=adaptation
+    )
+
+
+def _fedprox(parts: Parts, *, learning_rate: float, proximal_strength: float) -> Algorithm:
+    return algorithms.fedprox(**parts.training(learning_rate), proximal_strength=proximal_strength)
+
+
+def _local(parts: Parts, *, learning_rate: float) -> Algorithm:
+    return algorithms.local(**parts.training(learning_rate), keep_optimizer=parts.keep_optimizer)
+
+
+def _fedem(
+    parts: Parts,
+    *,
+    learning_rate: float,
+    num_components: int,
+    adaptation_iterations: int = 10,
+    weighting: str = "population",
+) -> Algorithm:
+    return algorithms.fedem(
+        **parts.training(learning_rate),
+        num_components=num_components,
+        adaptation_iterations=adaptation_iterations,
+        weighting=weighting,
+        keep_optimizer=parts.keep_optimizer,
+    )
+
+
+GRAPHS = {
+    "complete": lambda clients, probability, seed: topology.complete(clients),
+    "ring": lambda clients, probability, seed: topology.ring(clients),
+    "erdos_renyi": topology.erdos_renyi,
+}
+
+
+def _decentralized_fedem(
+    parts: Parts,
+    *,
+    learning_rate: float,
+    num_components: int,
+    graph: str = "erdos_renyi",
+    edge_probability: float = 0.5,
+    weights: str = "fastest",
+    graph_seed: int = 0,
+) -> Algorithm:
+    make = choose(GRAPHS, graph, "config.algorithm graph")
+    weigh = {"fastest": topology.fastest_mixing_weights, "metropolis": topology.metropolis_weights}
+    matrix = choose(weigh, weights, "config.algorithm weights")(
+        make(parts.num_clients, edge_probability, graph_seed)
+    )
+    settings = parts.training(learning_rate)
+    del settings["num_clients"]
+    return algorithms.decentralized_fedem(
+        **settings,
+        mixing_matrix=jnp.asarray(matrix, jnp.float32),
+        num_components=num_components,
+        keep_optimizer=parts.keep_optimizer,
+    )
+
+
+def _clustered(
+    parts: Parts, *, learning_rate: float, mean_below: float = 0.4, largest_above: float = 1.6
+) -> Algorithm:
+    return algorithms.clustered(
+        **parts.training(learning_rate),
+        keep_optimizer=parts.keep_optimizer,
+        mean_below=mean_below,
+        largest_above=largest_above,
+    )
+
+
+def _pfedme(
+    parts: Parts,
+    *,
+    learning_rate: float,
+    penalty: float,
+    inner_learning_rate: float = 0.05,
+    inner_steps: int = 5,
+    server_step: float = 1.0,
+    fidelity: str = "paper",
+) -> Algorithm:
+    settings = parts.training(learning_rate)
+    # The inner problem is solved by plain SGD; the released form trains by the proximal optimiser, without momentum.
+    inner = learning_rate if fidelity == "released" else inner_learning_rate
+    settings["optimizer"] = parts.optimizer(inner, momentum=0.0)
+    return algorithms.pfedme(
+        **settings,
+        penalty=penalty,
+        learning_rate=learning_rate,
+        inner_steps=inner_steps,
+        server_step=server_step,
+        fidelity=fidelity,
+    )
+
+
+def _apfl(
+    parts: Parts, *, learning_rate: float, alpha: float = 0.5, alpha_learning_rate: float = 0.0
+) -> Algorithm:
+    return algorithms.apfl(
+        **parts.training(learning_rate), alpha=alpha, alpha_learning_rate=alpha_learning_rate
+    )
+
+
+def _l2sgd(parts: Parts, *, learning_rate: float, penalty: float, probability: float = 0.1) -> Algorithm:
+    return algorithms.l2sgd(
+        **parts.common(),
+        learning_rate=learning_rate,
+        penalty=penalty,
+        probability=probability,
+        batch_size=parts.plan.batch_size,
+        schedule=parts.schedule,
+    )
+
+
+def _agnostic(parts: Parts, *, learning_rate: float, mixture_learning_rate: float = 0.001) -> Algorithm:
+    sizes = parts.problem.splits.train.sizes
+    return algorithms.agnostic(
+        **parts.common(),
+        mixture=sizes / jnp.sum(sizes),
+        optimizer=parts.optimizer(learning_rate),
+        mixture_learning_rate=mixture_learning_rate,
+        batch_size=parts.plan.batch_size,
+    )
+
+
+def _q_ffl(parts: Parts, *, learning_rate: float, q: float = 1.0) -> Algorithm:
+    return algorithms.q_ffl(
+        **parts.common(), plan=parts.plan, schedule=parts.schedule, learning_rate=learning_rate, q=q
+    )
+
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "agnostic": _agnostic,
+    "apfl": _apfl,
+    "clustered": _clustered,
+    "decentralized_fedem": _decentralized_fedem,
+    "fedavg": _fedavg,
+    "fedavg_tuned": _fedavg_tuned,
+    "fedem": _fedem,
+    "fedprox": _fedprox,
+    "l2sgd": _l2sgd,
+    "local": _local,
+    "pfedme": _pfedme,
+    "q_ffl": _q_ffl,
+}
+
+
+def make_plan(*, batch_size: int, epochs: int, steps: int) -> batching.BatchPlan:
+    """Local epochs, or (epochs 0) local steps; batch size 0 is the whole local set."""
+    if (epochs > 0) == (steps > 0):
+        raise ValueError(
+            f"config.client has epochs={epochs} and steps={steps}; exactly one of them must be positive"
+        )
+    size = batch_size or None
+    return batching.epochs(epochs, size) if epochs else batching.steps(steps, size)
+
+
+def execution_of(config: ml_collections.ConfigDict, params: Any) -> Execution:
+    """``config.execution``; mode ``auto`` picks by platform and model size."""
+    settings = dict(config.execution)
+    if settings["mode"] != "auto":
+        return make_execution(settings["mode"], settings["chunk"] or None, settings["num_devices"])
+    chosen = default_execution(params)
+    return make_execution(chosen.mode, chosen.chunk, settings["num_devices"])
+
+
+def make_algorithm(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Algorithm, Execution]:
+    """The algorithm ``config.algorithm.name`` with its settings, ``config.algorithm.<name>``, and how it maps clients."""
+    model = make_model(config, problem)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    client = dict(config.client)
+    parts = Parts(
+        problem,
+        model,
+        execution_of(config, params),
+        make_plan(**{name: client.pop(name) for name in ("batch_size", "epochs", "steps")}),
+        make_schedule(client.pop("schedule"), config.num_rounds),
+        {name: client.pop(name) for name in ("name", "momentum", "weight_decay")},
+        client.pop("keep_optimizer"),
+    )
+    if client:
+        raise ValueError(f"unknown field config.client.{sorted(client)[0]}")
+    name = config.algorithm.name
+    factory = choose(ALGORITHMS, name, "config.algorithm.name")
+    settings = dict(config.algorithm[name]) if name in config.algorithm else {}
+    return call(factory, {"parts": parts, **settings}, f"config.algorithm.{name}"), parts.execution
+
+
+def make_sampler(config: ml_collections.ConfigDict, num_clients: int) -> sampling.Sampler:
+    """Everybody, or ``config.cohort_size`` clients a round, uniformly."""
+    size = config.cohort_size
+    if not 0 <= size <= num_clients:
+        raise ValueError(
+            f"config.cohort_size is {size} but {num_clients} clients train; give 1..{num_clients}, or 0 for all"
+        )
+    return sampling.uniform(size) if size else sampling.full_participation()
+
+
+def cohort_size(config: ml_collections.ConfigDict, num_clients: int) -> int:
+    """Clients in a round."""
+    return config.cohort_size or num_clients

@@ -1,0 +1,92 @@
+"""Figures from metric rows: learning curves and distributions over clients, as PNG and PDF."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+Rows = list[dict[str, Any]]
+
+
+def _figure(columns: int):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(4.6 * columns, 3.4), squeeze=False, layout="constrained")
+
+
+def _save(figure, stem: pathlib.Path) -> None:
+    from matplotlib import pyplot
+
+    for suffix in (".png", ".pdf"):
+        figure.savefig(stem.with_suffix(suffix), dpi=150)
+    pyplot.close(figure)
+
+
+def series(rows: Rows, split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds ``[n]`` and values ``[n, seeds]`` of a metric."""
+    by_round: dict[int, dict[int, float]] = {}
+    for row in rows:
+        if row["split"] == split and "client" not in row and metric in row:
+            by_round.setdefault(row["round"], {})[row["seed"]] = row[metric]
+    seeds = sorted({seed for own in by_round.values() for seed in own})
+    rounds = [r for r in sorted(by_round) if len(by_round[r]) == len(seeds)]
+    return np.array(rounds), np.array([[by_round[r][s] for s in seeds] for r in rounds])
+
+
+def _main_metric(rows: Rows) -> str:
+    names = {name for row in rows for name in row}
+    return next((name for name in ("accuracy", "squared_error") if name in names), "loss")
+
+
+def curves(runs: dict[str, Rows], stem: pathlib.Path) -> None:
+    """Learning curves of named runs: the main metric of training clients, its bottom decile, held-out clients, and the loss.
+
+    Lines are means over seeds, bands one standard deviation. Writes ``stem``.png and .pdf.
+    """
+    every = [row for rows in runs.values() for row in rows]
+    metric = _main_metric(every)
+    panels = [
+        ("train_clients", metric, f"{metric}, training clients"),
+        ("train_clients", f"{metric}_bottom_decile", f"{metric}, bottom decile of clients"),
+        ("unseen_clients", metric, f"{metric}, held-out clients"),
+        ("train_clients", "loss", "test loss, training clients"),
+    ]
+    panels = [p for p in panels if any(len(series(rows, p[0], p[1])[0]) for rows in runs.values())]
+    figure, axes = _figure(max(len(panels), 1))
+    for axis, (split, name, title) in zip(axes[0], panels, strict=False):
+        for label, rows in runs.items():
+            rounds, values = series(rows, split, name)
+            if not len(rounds):
+                continue
+            mean, std = values.mean(axis=1), values.std(axis=1)
+            (line,) = axis.plot(rounds, mean, label=label)
+            axis.fill_between(rounds, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("round")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    _save(figure, stem)
+
+
+def client_distributions(runs: dict[str, Rows], stem: pathlib.Path) -> None:
+    """The main metric of every client at the end, one box a run; all seeds together. Writes ``stem``.png and .pdf."""
+    metric = _main_metric([row for rows in runs.values() for row in rows])
+    splits = [
+        s
+        for s in ("train_clients", "unseen_clients")
+        if any(row["split"] == s and "client" in row for rows in runs.values() for row in rows)
+    ]
+    figure, axes = _figure(max(len(splits), 1))
+    for axis, split in zip(axes[0], splits, strict=False):
+        values = [
+            [row[metric] for row in rows if row["split"] == split and "client" in row]
+            for rows in runs.values()
+        ]
+        axis.boxplot(values, tick_labels=list(runs), whis=(10, 90), showmeans=True)
+        axis.set_title(f"{metric} of each of the {split.replace('_', ' ')}", fontsize=10)
+        axis.tick_params(axis="x", labelrotation=30)
+        axis.grid(alpha=0.3, axis="y")
+    _save(figure, stem)

@@ -1,0 +1,82 @@
+"""Mixtures of distributions over clients, as FedEM assumes them, made from any data set.
+
+Every client has weights over a few components, every example it owns is assigned to one of them, and the component decides what
+happens to the example: its label is permuted, its image rotated. (The third way, label skew, is a partition: ``dirichlet_labels``.)
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+
+def draw_mixtures(
+    num_clients: int, num_components: int, alpha: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Each client's weights from Dirichlet(alpha), float ``[clients, components]``."""
+    if num_components < 1:
+        raise ValueError(f"num_components is {num_components}; a mixture needs at least 1")
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; a Dirichlet concentration must be positive")
+    return rng.dirichlet(np.full(num_components, alpha), size=num_clients)
+
+
+def draw_clients(pool: np.ndarray, num_clients: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each client's ``size`` different rows of a pool, drawn independently of the other clients'.
+
+    Clients that are samples of underlying distributions may hold the same image, each with what its own component makes of it; give training and test
+    data pools that do not overlap.
+
+    Raises:
+        ValueError: the pool is smaller than ``size``.
+    """
+    if not 1 <= size <= len(pool):
+        raise ValueError(f"a client cannot draw {size} different examples from a pool of {len(pool)}")
+    return [rng.choice(pool, size, replace=False) for _ in range(num_clients)]
+
+
+def draw_components(
+    rows: Sequence[np.ndarray], mixtures: np.ndarray, num_examples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The component of every example, int ``[num_examples]``, drawn by its owner's weights; -1 where nobody owns it.
+
+    Raises:
+        ValueError: two clients own the same example (it could not belong to both), or mixtures and rows differ in length.
+    """
+    if len(rows) != len(mixtures):
+        raise ValueError(f"{len(rows)} clients but {len(mixtures)} rows of mixture weights")
+    components = np.full(num_examples, -1)
+    for client, (own, weights) in enumerate(zip(rows, mixtures, strict=True)):
+        if (components[own] >= 0).any():
+            raise ValueError(
+                f"client {client} shares examples with another client; mixtures need disjoint clients"
+            )
+        components[own] = rng.choice(len(weights), size=len(own), p=weights)
+    return components
+
+
+def label_permutations(num_components: int, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """One permutation of the labels a component, int ``[components, classes]``; the first is the identity."""
+    others = [rng.permutation(num_classes) for _ in range(num_components - 1)]
+    return np.stack([np.arange(num_classes), *others])
+
+
+def permute_labels(labels: np.ndarray, components: np.ndarray, permutations: np.ndarray) -> np.ndarray:
+    """``permutations[component, label]`` of every example: components share the inputs and differ in p(y | x), as FedEM assumes."""
+    return permutations[np.maximum(components, 0), labels].astype(labels.dtype)
+
+
+def rotate_images(images: np.ndarray, components: np.ndarray, angles: Sequence[float]) -> np.ndarray:
+    """Images ``[n, h, w, c]`` turned by their component's angle in degrees: components differ in p(x), beyond FedEM's assumption.
+
+    Quarter turns of square images are exact; other angles are interpolated linearly and padded with zeros.
+    """
+    result = np.array(images)
+    for component, angle in enumerate(angles):
+        own = components == component
+        turns, rest = divmod(angle, 90)
+        if rest == 0 and images.shape[1] == images.shape[2]:
+            result[own] = np.rot90(images[own], int(turns), axes=(1, 2))
+        elif own.any():
+            result[own] = ndimage.rotate(images[own], angle, axes=(2, 1), reshape=False, order=1)
+    return result
