@@ -1,9 +1,9 @@
-"""FedEM on the handwritten digits of scikit-learn, as a mixture of three label permutations: 60 clients of 30 training images.
+"""FedEM on the handwritten digits of scikit-learn, as a mixture of three label permutations: 100 clients of 30 training images.
 
     python -m experiments.sweep --config=configs/fedem_digits.py --workdir=runs/digits --grid=algorithm.name=fedem,fedavg,local
 
 Each client draws its images from three underlying distributions that share the images and differ in what the labels mean, with weights from
-Dirichlet(0.4); 15 of the 60 clients are never trained with. Other partitions: ``--config.data.partition=rotated`` or ``dirichlet``. About a quarter of a minute an algorithm
+Dirichlet(0.4); 25 of the 100 clients are never trained with. Other partitions: ``--config.data.partition=rotated`` or ``dirichlet``. About a quarter of a minute an algorithm
 on 2 CPU cores; the README has the table. ``quick`` is a smoke test.
 """
 
@@ -15,7 +15,7 @@ def get_config(variant: str | None = None):
     data = {
         "name": "digits",
         "partition": "label_permuted",
-        "num_clients": 60,
+        "num_clients": 100,
         "num_components": 3,
         "alpha": 0.4,
         "train_size": 30,
@@ -32,6 +32,6 @@ def get_config(variant: str | None = None):
         model={"name": "mlp", "hidden": (64,)},
         algorithm=algorithm,
         client={"batch_size": 8},
-        num_rounds=4 if options.quick else 300,
-        eval_every=2 if options.quick else 15,
+        num_rounds=4 if options.quick else 200,
+        eval_every=2 if options.quick else 10,
     )

@@ -59,8 +59,17 @@ def make_ours(workload: peers.Workload, mode: str, num_devices: int) -> tuple[Ca
     import jax.numpy as jnp
     import optax
 
-    from fedjax_mtl import algorithms, batching, costs, default_execution, make_execution
-    from fedjax_mtl import make_federation, models, sampling, tasks
+    from fedjax_mtl import (
+        algorithms,
+        batching,
+        costs,
+        default_execution,
+        make_execution,
+        make_federation,
+        models,
+        sampling,
+        tasks,
+    )
 
     shape = workload.inputs.shape[2:]
     model = {

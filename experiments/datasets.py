@@ -39,7 +39,8 @@ def _mixture_of_digits(
     owned = np.split(np.arange(num_clients * (train_size + test_size)), num_clients)
     images = np.concatenate([np.concatenate(pair) for pair in zip(*drawn.values(), strict=True)])
     inputs, labels = source["inputs"][images], source["labels"][images]
-    mixtures = data.draw_mixtures(num_clients, num_components, alpha, rng)
+    held = int(round(unseen_fraction * num_clients))
+    mixtures = data.hold_out_evenly(data.draw_mixtures(num_clients, num_components, alpha, rng), held)
     components = data.draw_components(owned, mixtures, len(labels), rng)
     if partition == "label_permuted":
         permutations = data.label_permutations(num_components, 10, rng)
@@ -47,7 +48,6 @@ def _mixture_of_digits(
     else:
         angles = [m * 360 / num_components for m in range(num_components)]
         inputs = data.rotate_images(inputs, components, angles)
-    held = int(round(unseen_fraction * num_clients))
     train = make_federation({"inputs": inputs, "labels": labels}, [own[:train_size] for own in owned[held:]])
 
     def of(rows):

@@ -45,7 +45,12 @@ def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
         ValueError: the config has no such field, or one of another type.
     """
     try:
-        config.update_from_flattened_dict({name: value})
+        *parents, last = name.split(".")
+        owner = config
+        for parent in parents:
+            owner = owner[parent]
+        owner[last]  # a new field would be accepted without this
+        owner[last] = value
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--grid cannot set config.{name} to {value!r}: {error}") from error
 

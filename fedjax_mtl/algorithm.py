@@ -152,7 +152,7 @@ def federated(
         clients = trees.broadcast_clients(client.init(params), num_clients)
         return FederatedState(jnp.zeros((), jnp.int32), params, server.init(shared), clients)
 
-    def round(state, cohort, key):
+    def one_round(state, cohort, key):
         how = default_execution(state.params) if execution is None else execution
         weights = cohort_weights(weighting, cohort)
         fused = only_averages(state.server)
@@ -208,7 +208,7 @@ def federated(
         size = costs.tree_bytes(trees.partition(state.params, client.shared)[0])
         return size, size
 
-    return Algorithm(init, round, predict, adapt, traffic, tuned)
+    return Algorithm(init, one_round, predict, adapt, traffic, tuned)
 
 
 def _check_step(steps: PyTree, params: PyTree) -> None:
@@ -285,7 +285,7 @@ def decentralized(
         states = trees.broadcast_clients(client.init(params), num_clients)
         return DecentralizedState(jnp.zeros((), jnp.int32), copies, states)
 
-    def round(state, cohort, key):
+    def one_round(state, cohort, key):
         if cohort.client_ids.shape[0] != num_clients:
             raise ValueError(
                 f"a decentralised round needs all {num_clients} clients of its mixing matrix, the cohort has "
@@ -332,7 +332,7 @@ def decentralized(
         size = int(round(neighbours * costs.tree_bytes(moving) / num_clients))
         return size, size
 
-    return Algorithm(init, round, predict, adapt, traffic)
+    return Algorithm(init, one_round, predict, adapt, traffic)
 
 
 def _execution_of_copies(params: PyTree, execution: Execution | None) -> Execution:

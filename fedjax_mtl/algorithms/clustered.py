@@ -197,7 +197,7 @@ def clustered(
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
         return default_execution(one) if execution is None else execution
 
-    def round(state, cohort, key):
+    def one_round(state, cohort, key):
         if cohort.client_ids.shape[0] != num_clients:
             raise ValueError(
                 f"clustered FL compares the updates of all {num_clients} clients every round, the cohort has "
@@ -263,4 +263,4 @@ def clustered(
         size = costs.tree_bytes(state.params) // num_clients
         return size, size
 
-    return Algorithm(init, round, predict, adapt, traffic)
+    return Algorithm(init, one_round, predict, adapt, traffic)

@@ -21,6 +21,19 @@ def draw_mixtures(
     return rng.dirichlet(np.full(num_components, alpha), size=num_clients)
 
 
+def hold_out_evenly(mixtures: np.ndarray, num_held: int) -> np.ndarray:
+    """Orders clients so that the first ``num_held`` are spread evenly over easy and hard ones, ``[clients, components]``.
+
+    How well a client can be served is bounded by its largest weight. A random choice of few held-out clients would differ from the others in that alone.
+    """
+    if not num_held:
+        return mixtures
+    by_ceiling = np.argsort(mixtures.max(axis=1), kind="stable")
+    places = (np.arange(num_held) + 0.5) * len(mixtures) / num_held
+    held = by_ceiling[places.astype(int)]
+    return mixtures[np.concatenate([held, np.setdiff1d(np.arange(len(mixtures)), held)])]
+
+
 def draw_clients(pool: np.ndarray, num_clients: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Each client's ``size`` different rows of a pool, drawn independently of the other clients'.
 
