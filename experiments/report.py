@@ -7,13 +7,15 @@ import argparse
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import rich.console
 import rich.table
 
 from experiments import plots, workdir
 
+# Runs that differ only in data.seed are one row: seeds of the partition count like seeds of the training.
 # (split, metric, heading); larger is better for all but losses and errors.
 COLUMNS = (
     ("train_clients", "accuracy", "accuracy"),
@@ -109,34 +111,73 @@ def show(headings: list[str], rows: list[list[tuple[str, bool]]], title: str) ->
     rich.console.Console().print(output)
 
 
-def names_of(directories: list[pathlib.Path], summaries: list[dict[str, Any]]) -> list[str]:
-    """The runs' algorithms where these differ, else the directories' names."""
-    algorithms = [summary["algorithm"] for summary in summaries]
-    if len(set(algorithms)) == len(algorithms):
-        return algorithms
-    return [directory.name for directory in directories]
+class Runs(NamedTuple):
+    """Runs that differ in nothing but the seed of their data; their seeds are pooled."""
+
+    name: str
+    directories: list[pathlib.Path]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def _settings(directory: pathlib.Path) -> tuple[dict[str, Any], int | None]:
+    """The config without the data's seed, and that seed."""
+    config = json.loads((directory / "config.json").read_text())
+    return config, config.get("data", {}).pop("seed", None)
+
+
+def _pool(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of several runs as of one with all their seeds."""
+    pooled: dict[str, Any] = {}
+    for split, metrics in summaries[0]["metrics"].items():
+        for name in metrics:
+            final = [value for s in summaries for value in s["metrics"][split][name]["final"]]
+            entry = {"final": final, "final_mean": float(np.mean(final)), "final_std": float(np.std(final))}
+            pooled.setdefault(split, {})[name] = entry
+    seeds = [seed for s in summaries for seed in s["seeds"]]
+    return {**summaries[0], "metrics": pooled, "seeds": seeds}
+
+
+def group(directories: list[pathlib.Path]) -> list[Runs]:
+    """Pools runs that differ only in ``data.seed``, in the order given; named by algorithm where these differ, else by directory."""
+    groups: dict[str, list[pathlib.Path]] = {}
+    for directory in directories:
+        load(directory)
+        groups.setdefault(json.dumps(_settings(directory)[0], sort_keys=True), []).append(directory)
+    algorithms = [load(members[0])["algorithm"] for members in groups.values()]
+    by_algorithm = len(set(algorithms)) == len(algorithms)
+    runs = []
+    for members, algorithm in zip(groups.values(), algorithms, strict=True):
+        rows = [
+            {**row, "seed": f"{_settings(directory)[1]}/{row['seed']}"}
+            for directory in members
+            for row in workdir.read_rows(directory / "metrics.jsonl")
+        ]
+        name = algorithm if by_algorithm else members[0].name
+        runs.append(Runs(name, members, _pool([load(d) for d in members]), rows))
+    if len({run.name for run in runs}) != len(runs):
+        raise ValueError(
+            f"two runs have the same name ({', '.join(run.name for run in runs)}); rename a directory"
+        )
+    return runs
 
 
 def report(directories: list[pathlib.Path], output: pathlib.Path) -> None:
-    """Writes report.md, report.tex, curves and clients (.png and .pdf) into ``output``, and prints the table."""
-    found = [load(directory) for directory in directories]
-    names = names_of(directories, found)
-    if len(set(names)) != len(names):
-        raise ValueError(f"two of the runs have the same name ({', '.join(names)}); rename a directory")
-    summaries = dict(zip(names, found, strict=True))
-    headings, rows = table(summaries)
-    seeds = {len(s["seeds"]) for s in found}
-    title = f"final mean ± std over {'/'.join(map(str, sorted(seeds)))} seeds; accuracies in %"
+    """Writes report.md, report.tex, curves and clients (.png and .pdf) into ``output``, and prints the table.
+
+    Raises:
+        FileNotFoundError: a run has not finished. ValueError: different runs of the same name.
+    """
+    runs = group(directories)
+    headings, cells = table({run.name: run.summary for run in runs})
+    counts = "/".join(str(count) for count in sorted({len(run.summary["seeds"]) for run in runs}))
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.md").write_text(markdown(headings, rows))
-    (output / "report.tex").write_text(latex(headings, rows))
-    logged = {
-        name: list(workdir.read_rows(directory / "metrics.jsonl"))
-        for name, directory in zip(names, directories, strict=True)
-    }
+    (output / "report.md").write_text(markdown(headings, cells))
+    (output / "report.tex").write_text(latex(headings, cells))
+    logged = {run.name: run.rows for run in runs}
     plots.curves(logged, output / "curves")
     plots.client_distributions(logged, output / "clients")
-    show(headings, rows, title)
+    show(headings, cells, f"final mean ± std over {counts} seeds; accuracies in %")
     rich.console.Console(soft_wrap=True).print(
         f"written: {output}/report.md, report.tex, curves.png, clients.png (and .pdf)", highlight=False
     )

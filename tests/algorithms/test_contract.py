@@ -1,0 +1,218 @@
+"""What every algorithm promises, checked by walking all of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ALGORITHMS, NUM_CLIENTS, SIZES, assert_trees_close, make_algorithms, small_federation
+
+from fedjax_mtl import make_execution, sampling, simulate
+
+NAMES = sorted(ALGORITHMS)
+KEY = jax.random.key(3)
+
+
+def cohort_of(federation, ids=None, present=None):
+    ids = jnp.arange(federation.num_clients, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
+    return sampling.make_cohort(federation, ids, present)
+
+
+@functools.cache
+def compiled(name):
+    """Init and round of an algorithm, compiled once for all the tests that share their shapes."""
+    return jax.jit(ALGORITHMS[name].init), jax.jit(ALGORITHMS[name].round)
+
+
+def two_rounds(name, cohort, algorithm=None):
+    init, one_round = compiled(name)
+    if algorithm is not None:
+        one_round = jax.jit(algorithm.round)
+    state, _ = one_round(init(KEY), cohort, jax.random.fold_in(KEY, 1))
+    return one_round(state, cohort, jax.random.fold_in(KEY, 2))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Two rounds of every algorithm, vmapped."""
+    cohort = cohort_of(small_federation())
+    return {name: two_rounds(name, cohort) for name in ALGORITHMS}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_keeps_structure_shapes_and_types(name):
+    algorithm, cohort = ALGORITHMS[name], cohort_of(small_federation())
+    state = jax.eval_shape(algorithm.init, KEY)
+    new, metrics = jax.eval_shape(algorithm.round, state, cohort, KEY)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, new, state)
+    assert all(jax.tree.leaves(same))
+    assert "loss" in metrics
+    assert all(m.shape == () for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_has_no_influence(name, reference):
+    padded = small_federation(capacity=21)
+    garbage = padded.indices.at[:, 15:].set(7)  # what the padding points at must not matter
+    cohort = cohort_of(padded._replace(indices=garbage))
+    assert_trees_close(two_rounds(name, cohort), reference[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order_of_the_cohort_has_no_influence(name, reference):
+    order = jnp.array([4, 2, 0, 5, 1, 3], jnp.int32)
+    shuffled = two_rounds(name, cohort_of(small_federation(), order))
+    assert_trees_close(shuffled, reference[name], rtol=1e-4, atol=1e-5)
+
+
+EXECUTIONS = {
+    "map": make_execution("map"),
+    "chunk of 4": make_execution("chunk", 4),
+    "loop": make_execution("loop"),
+    "4 devices": make_execution("vmap", num_devices=4),
+    "4 devices, chunk of 2": make_execution("chunk", 2, 4),
+}
+
+
+@pytest.mark.parametrize("execution", sorted(EXECUTIONS))
+@pytest.mark.parametrize("name", ["fedem", "fedavg", "apfl", "clustered", "decentralized_fedem", "local"])
+def test_execution_has_no_influence(name, execution, reference):
+    algorithm = make_algorithms(EXECUTIONS[execution])[name]
+    result = two_rounds(name, cohort_of(small_federation()), algorithm)
+    assert_trees_close(result, reference[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_and_learning(name):
+    init, one_round = compiled(name)
+    cohort, state, losses = cohort_of(small_federation()), init(KEY), []
+    for index in range(12):
+        state, metrics = one_round(state, cohort, jax.random.fold_in(KEY, index))
+        losses.append(float(metrics["loss"]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert np.mean(losses[-3:]) < np.mean(losses[:2])
+
+
+PARTIAL = [name for name in NAMES if name not in ("clustered", "decentralized_fedem")]
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_absent_clients_have_no_influence_and_keep_their_state(name):
+    """A cohort with two absent slots equals the cohort without them, and what absent clients keep stays."""
+    federation = small_federation()
+    some = two_rounds(name, cohort_of(federation, jnp.array([0, 2, 3, 5], jnp.int32)))
+    present = jnp.array([True, False, True, True, False, True])
+    holes = two_rounds(name, cohort_of(federation, present=present))
+    assert_trees_close(holes, some, rtol=1e-4, atol=1e-5)
+    untouched = jax.tree.map(lambda x: x[jnp.array([1, 4])], compiled(name)[0](KEY).clients)
+    assert_trees_close(jax.tree.map(lambda x: x[jnp.array([1, 4])], holes[0].clients), untouched)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_round_that_nobody_attends_changes_no_model(name):
+    federation = small_federation()
+    nobody = cohort_of(federation, present=jnp.zeros(NUM_CLIENTS, bool))
+    init, one_round = compiled(name)
+    state = init(KEY)
+    new, metrics = one_round(state, nobody, KEY)
+    assert_trees_close(new.params, state.params)
+    assert_trees_close(new.clients, state.clients)
+    assert all(np.isfinite(m) for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predict_and_adapt(name):
+    algorithm, federation = ALGORITHMS[name], small_federation()
+    state = compiled(name)[0](KEY)
+    ids = jnp.array([1, 3])
+    inputs = jax.random.normal(KEY, (2, 5, 4))
+    outputs = algorithm.predict(state, ids, inputs)
+    assert outputs.shape == (2, 5, 3)
+    adapted = jax.jit(algorithm.adapt)(state, federation.take(ids), KEY)
+    outputs = algorithm.predict(adapted, jnp.arange(2), inputs)
+    assert outputs.shape == (2, 5, 3) and np.isfinite(outputs).all()
+    up, down = algorithm.traffic(state)
+    assert up >= 0 and down >= 0 and (up == 0) == (name == "local")
+
+
+@pytest.mark.parametrize("name", ["fedem", "clustered"])
+def test_one_compilation_for_a_whole_run(name):
+    """The round is traced as often for four blocks, the last of them shorter, as for one."""
+    traces = []
+
+    def counted(state, cohort, key):
+        traces.append(1)
+        return ALGORITHMS[name].round(state, cohort, key)
+
+    counting = ALGORITHMS[name]._replace(round=counted)
+    simulate(counting, small_federation(), num_rounds=2, eval_every=2)
+    for_one_block = len(traces)
+    traces.clear()
+    run = simulate(counting, small_federation(), num_rounds=7, eval_every=2)
+    assert len(traces) == for_one_block
+    assert run.metrics["loss"].shape == (1, 7)
+    assert np.isfinite(run.metrics["loss"]).all()
+
+
+def test_seeds_in_one_program_equal_seeds_apart():
+    algorithm, federation = ALGORITHMS["fedem"], small_federation()
+    together = simulate(algorithm, federation, num_rounds=3, seeds=(0, 5))
+    apart = simulate(algorithm, federation, num_rounds=3, seeds=(5,))
+    assert_trees_close(
+        jax.tree.map(lambda x: x[1:], together.state), apart.state, rtol=1e-4, atol=1e-5
+    )
+    assert not np.allclose(together.metrics["loss"][0], together.metrics["loss"][1])
+
+
+def test_hyperparameters_are_mapped():
+    import optax
+    from helpers import MODEL, PLAN, TASK, VMAP
+
+    from fedjax_mtl import algorithms
+
+    def make(learning_rate):
+        return algorithms.fedavg(
+            MODEL,
+            TASK,
+            num_clients=NUM_CLIENTS,
+            plan=PLAN,
+            optimizer=optax.sgd(learning_rate),
+            execution=VMAP,
+        )
+
+    federation = small_federation()
+    rates = jnp.array([0.01, 0.2])
+    both = simulate(
+        make, federation, num_rounds=3, seeds=(0, 1), hyperparameters={"learning_rate": rates}
+    )
+    assert both.metrics["loss"].shape == (2, 2, 3)
+    for index, rate in enumerate((0.01, 0.2)):
+        alone = simulate(make(rate), federation, num_rounds=3, seeds=(0, 1))
+        ours = jax.tree.map(lambda x, i=index: x[i], both.state)
+        assert_trees_close(ours, alone.state, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_taken_up_again_is_the_same_to_the_bit():
+    algorithm, federation = ALGORITHMS["fedem"], small_federation()
+    whole = simulate(algorithm, federation, num_rounds=6, eval_every=2)
+    half = simulate(algorithm, federation, num_rounds=4, eval_every=2)
+    rest = simulate(
+        algorithm, federation, num_rounds=6, eval_every=2, state=half.state, start_round=4
+    )
+    for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(rest.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rest.rounds == [6]
+
+
+def test_stragglers_make_fewer_steps():
+    federation = small_federation()
+    half = sampling.straggling(
+        sampling.full_participation(), lambda key, cohort: jnp.where(cohort.client_ids < 3, 1, 100)
+    )
+    cohort = half(KEY, jnp.int32(0), federation)
+    np.testing.assert_array_equal(cohort.budgets, [1, 1, 1, 100, 100, 100])
+    _, metrics = ALGORITHMS["fedavg"].round(ALGORITHMS["fedavg"].init(KEY), cohort, KEY)
+    steps = np.minimum(2 * np.ceil(np.array(SIZES) / 4), cohort.budgets)
+    np.testing.assert_allclose(metrics["num_steps"], np.sum(steps * SIZES) / np.sum(SIZES), rtol=1e-6)
