@@ -25,6 +25,11 @@ def _save(figure, stem: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def _styles(count: int) -> list[dict[str, str]]:
+    """Colours, and beyond ten runs other line styles too."""
+    return [{"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]} for i in range(count)]
+
+
 def series(rows: Rows, split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Rounds ``[n]`` and values ``[n, seeds]`` of a metric."""
     by_round: dict[int, dict[int, float]] = {}
@@ -56,18 +61,20 @@ def curves(runs: dict[str, Rows], stem: pathlib.Path) -> None:
     ]
     panels = [p for p in panels if any(len(series(rows, p[0], p[1])[0]) for rows in runs.values())]
     figure, axes = _figure(max(len(panels), 1))
+    styles = dict(zip(runs, _styles(len(runs)), strict=True))
     for axis, (split, name, title) in zip(axes[0], panels, strict=False):
         for label, rows in runs.items():
             rounds, values = series(rows, split, name)
             if not len(rounds):
                 continue
             mean, std = values.mean(axis=1), values.std(axis=1)
-            (line,) = axis.plot(rounds, mean, label=label)
+            (line,) = axis.plot(rounds, mean, label=label, **styles[label])
             axis.fill_between(rounds, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("round")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize=8)
     _save(figure, stem)
 
 
