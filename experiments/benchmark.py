@@ -240,7 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     sets = {"one": available[:1], "all": available}
     chosen = ["one", "all"] if arguments.cores == "both" else [arguments.cores]
     results = []
-    print(f"{platform.machine()}, {len(available)} cores; clients per second: median (worst - best)")
+    print(
+        f"{platform.machine()}, {len(available)} cores; clients per second: median (worst - best)", flush=True
+    )
     for name in chosen:
         for found in suite(
             sets[name], arguments.peers, arguments.seconds, arguments.python, arguments.workloads

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from experiments import build, plots, telemetry, workdir
 from experiments.checkpoints import Checkpoints
 from experiments.progress import Progress
-from fedjax_mtl import Algorithm, Execution, evaluate_clients, simulate_blocks, summarise_clients
+from fedjax_mtl import Algorithm, Execution, Splits, evaluate_clients, simulate_blocks, summarise_clients
 
 PyTree = Any
 
@@ -27,14 +27,15 @@ _SHOWN = ("accuracy", "accuracy_bottom_decile", "loss")
 
 
 def make_evaluation(problem: build.Problem, execution: Execution, batch_size: int):
-    """``(algorithm, state, key) -> {split: {metric: [clients]}}``, on each client's test data.
+    """``(algorithm, state, splits, key) -> {split: {metric: [clients]}}``, on each client's test data.
 
     Training clients are judged as they are (after tuning, where that is the algorithm); held-out clients after ``adapt`` on their own
     training data.
     """
-    splits = problem.splits
 
-    def evaluate(algorithm: Algorithm, state: PyTree, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    def evaluate(
+        algorithm: Algorithm, state: PyTree, splits: Splits, key: jax.Array
+    ) -> dict[str, dict[str, jax.Array]]:
         judge = evaluate_clients(algorithm, problem.task, execution, batch_size)
         served = algorithm.adapt(state, splits.train, key) if algorithm.tuned else state
         results = {"train_clients": judge(served, splits.test)}
@@ -145,6 +146,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
         seeds=seeds,
         sampler=sampler,
         evaluate=make_evaluation(problem, execution, config.evaluation_batch_size),
+        evaluation_data=problem.splits,
         eval_every=config.eval_every,
         state=state,
         start_round=done or 0,

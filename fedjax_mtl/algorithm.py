@@ -121,7 +121,6 @@ def federated(
     num_clients: int,
     weighting: Weighting = "samples",
     execution: Execution | None = None,
-    tuned: bool = False,
 ) -> Algorithm:
     """The general composition: clients update, the server transforms their pseudo-gradients and takes the step.
 
@@ -139,7 +138,6 @@ def federated(
         num_clients: clients in the population.
         weighting: see :func:`cohort_weights`.
         execution: how clients are mapped; default by platform and model size.
-        tuned: judge clients after ``adapt``.
 
     Raises:
         ValueError: (when traced) the server's result still has a client axis.
@@ -208,7 +206,7 @@ def federated(
         size = costs.tree_bytes(trees.partition(state.params, client.shared)[0])
         return size, size
 
-    return Algorithm(init, one_round, predict, adapt, traffic, tuned)
+    return Algorithm(init, one_round, predict, adapt, traffic)
 
 
 def _check_step(steps: PyTree, params: PyTree) -> None:

@@ -44,13 +44,12 @@ def root_keys(seeds: Sequence[int]) -> jax.Array:
 _INIT, _ROUNDS, _EVALUATION = 0, 1, 2
 
 
-def _over_runs(fn: Callable, num_shared: int, mapped_hyperparameters: bool) -> Callable:
-    """Maps ``fn(hyperparameters, key, state, *shared)`` over seeds and, outside them, hyper-parameters."""
-    shared = (None,) * num_shared
-    over_seeds = jax.vmap(fn, in_axes=(None, 0, 0, *shared))
-    if not mapped_hyperparameters:
+def _over_runs(fn: Callable, axes: tuple[int | None, ...], mapped_settings: bool) -> Callable:
+    """Maps ``fn(setting, key, *arguments)`` over seeds and, outside them, settings; axis None marks what all runs share."""
+    over_seeds = jax.vmap(fn, in_axes=(None, 0, *axes))
+    if not mapped_settings:
         return over_seeds
-    return jax.vmap(over_seeds, in_axes=(0, None, 0, *shared))
+    return jax.vmap(over_seeds, in_axes=(0, None, *axes))
 
 
 def simulate_blocks(
@@ -60,7 +59,8 @@ def simulate_blocks(
     num_rounds: int,
     seeds: Sequence[int] = (0,),
     sampler: Sampler | None = None,
-    evaluate: Callable[[Algorithm, PyTree, jax.Array], Any] | None = None,
+    evaluate: Callable[[Algorithm, PyTree, PyTree, jax.Array], Any] | None = None,
+    evaluation_data: PyTree = None,
     eval_every: int | None = None,
     hyperparameters: dict[str, jax.Array] | None = None,
     state: PyTree | None = None,
@@ -77,7 +77,8 @@ def simulate_blocks(
         num_rounds: rounds in all, those before ``start_round`` included.
         seeds: one run each.
         sampler: who takes part; default everybody.
-        evaluate: ``(algorithm, state, key) -> pytree`` of one run; compiled, and mapped over the runs.
+        evaluate: ``(algorithm, state, evaluation_data, key) -> pytree`` of one run; compiled, and mapped over the runs.
+        evaluation_data: what ``evaluate`` reads, e.g. Splits. An argument, because arrays that a compiled function closes over are copied into it.
         eval_every: rounds in a block; default all of them.
         hyperparameters: arrays ``[settings, ...]``, of one length; ``algorithm(**setting)`` is traced once for all.
         state, start_round: continue from here; by default from ``init``. No Block is yielded for the start.
@@ -101,7 +102,7 @@ def simulate_blocks(
     def make(setting):
         return algorithm(**setting) if mapped else algorithm
 
-    def init_run(setting, key, _):
+    def init_run(setting, key):
         return make(setting).init(jax.random.fold_in(key, _INIT))
 
     def one_round(setting, key, state, index, federation):
@@ -120,20 +121,21 @@ def simulate_blocks(
 
         return jax.lax.fori_loop(start, stop, body, (state, history))
 
-    def evaluate_run(setting, key, state, index):
+    def evaluate_run(setting, key, state, index, data):
         key = jax.random.fold_in(jax.random.fold_in(key, _EVALUATION), index)
-        return evaluate(make(setting), state, key)
+        return evaluate(make(setting), state, data, key)
 
-    init_all = jax.jit(_over_runs(init_run, 0, mapped))
-    block_all = jax.jit(_over_runs(run_block, 3, mapped), donate_argnums=2)
-    evaluate_all = jax.jit(_over_runs(evaluate_run, 1, mapped))
+    init_all = jax.jit(_over_runs(init_run, (), mapped))
+    block_all = jax.jit(_over_runs(run_block, (0, None, None, None), mapped), donate_argnums=2)
+    evaluate_all = jax.jit(_over_runs(evaluate_run, (0, None, None), mapped))
 
     def evaluation_at(index, state):
-        return None if evaluate is None else evaluate_all(settings, keys, state, jnp.int32(index))
+        if evaluate is None:
+            return None
+        return evaluate_all(settings, keys, state, jnp.int32(index), evaluation_data)
 
     if state is None:
-        dummy = jnp.zeros((*((max(lengths.values()),) if mapped else ()), len(seeds)))
-        state = init_all(settings, keys, dummy)
+        state = init_all(settings, keys)
         yield Block(0, state, {}, evaluation_at(0, state))
     done = start_round
     while done < num_rounds:

@@ -30,7 +30,9 @@ def test_evaluation_is_the_mean_over_each_clients_rows(batch_size):
 def test_summaries():
     accuracy = np.linspace(0.1, 0.9, 25)
     sizes = np.arange(1, 26)
-    found = summarise_clients({"accuracy": jnp.array(accuracy), "loss": jnp.array(accuracy)}, jnp.array(sizes))
+    found = summarise_clients(
+        {"accuracy": jnp.array(accuracy), "loss": jnp.array(accuracy)}, jnp.array(sizes)
+    )
     np.testing.assert_allclose(found["accuracy"], np.average(accuracy, weights=sizes), rtol=1e-5)
     np.testing.assert_allclose(found["accuracy_mean"], 0.5, rtol=1e-5)
     np.testing.assert_allclose(found["accuracy_std"], accuracy.std(), rtol=1e-5)

@@ -28,12 +28,18 @@ def with_value(value):
 
 BAD = {
     "empty pytree": (({}, ROWS), "examples is an empty pytree"),
-    "ragged leaves": (({**EXAMPLES, "labels": np.arange(5)}, ROWS), r"'labels'\] has 5 rows|'inputs'\] has 6 rows"),
+    "ragged leaves": (
+        ({**EXAMPLES, "labels": np.arange(5)}, ROWS),
+        r"'labels'\] has 5 rows|'inputs'\] has 6 rows",
+    ),
     "NaN": ((with_value(np.nan), ROWS), r"'inputs'\] holds a NaN or infinity in row 4"),
     "infinity": ((with_value(np.inf), ROWS), "NaN or infinity in row 4"),
     "no client": ((EXAMPLES, []), "at least one client"),
     "empty client": ((EXAMPLES, [np.array([0]), np.array([], int)]), "client 1 owns no example"),
-    "row too large": ((EXAMPLES, [np.array([0]), np.array([6])]), r"client 1 owns row 6, but examples has rows 0\.\.5"),
+    "row too large": (
+        (EXAMPLES, [np.array([0]), np.array([6])]),
+        r"client 1 owns row 6, but examples has rows 0\.\.5",
+    ),
     "negative row": ((EXAMPLES, [np.array([-1])]), "client 0 owns row -1"),
     "small capacity": ((EXAMPLES, ROWS, 2), "capacity 2 is smaller than client 0, which owns 3"),
 }

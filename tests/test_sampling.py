@@ -76,7 +76,10 @@ def test_a_heterogeneous_population():
         (sampling.uniform(0), "cohort_size is 0"),
         (sampling.weighted(2, jnp.ones(5)), r"probabilities has shape \(5,\); give one for each of the 6"),
         (sampling.weighted(7, jnp.ones(6)), "cohort_size is 7"),
-        (sampling.available(2, jnp.ones((3, 5), bool)), r"availability trace has shape \(3, 5\); give \[rounds, 6\]"),
+        (
+            sampling.available(2, jnp.ones((3, 5), bool)),
+            r"availability trace has shape \(3, 5\); give \[rounds, 6\]",
+        ),
     ],
 )
 def test_bad_samplers(sampler, message):

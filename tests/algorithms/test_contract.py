@@ -160,9 +160,7 @@ def test_seeds_in_one_program_equal_seeds_apart():
     algorithm, federation = ALGORITHMS["fedem"], small_federation()
     together = simulate(algorithm, federation, num_rounds=3, seeds=(0, 5))
     apart = simulate(algorithm, federation, num_rounds=3, seeds=(5,))
-    assert_trees_close(
-        jax.tree.map(lambda x: x[1:], together.state), apart.state, rtol=1e-4, atol=1e-5
-    )
+    assert_trees_close(jax.tree.map(lambda x: x[1:], together.state), apart.state, rtol=1e-4, atol=1e-5)
     assert not np.allclose(together.metrics["loss"][0], together.metrics["loss"][1])
 
 
@@ -184,9 +182,7 @@ def test_hyperparameters_are_mapped():
 
     federation = small_federation()
     rates = jnp.array([0.01, 0.2])
-    both = simulate(
-        make, federation, num_rounds=3, seeds=(0, 1), hyperparameters={"learning_rate": rates}
-    )
+    both = simulate(make, federation, num_rounds=3, seeds=(0, 1), hyperparameters={"learning_rate": rates})
     assert both.metrics["loss"].shape == (2, 2, 3)
     for index, rate in enumerate((0.01, 0.2)):
         alone = simulate(make(rate), federation, num_rounds=3, seeds=(0, 1))
@@ -198,9 +194,7 @@ def test_a_run_taken_up_again_is_the_same_to_the_bit():
     algorithm, federation = ALGORITHMS["fedem"], small_federation()
     whole = simulate(algorithm, federation, num_rounds=6, eval_every=2)
     half = simulate(algorithm, federation, num_rounds=4, eval_every=2)
-    rest = simulate(
-        algorithm, federation, num_rounds=6, eval_every=2, state=half.state, start_round=4
-    )
+    rest = simulate(algorithm, federation, num_rounds=6, eval_every=2, state=half.state, start_round=4)
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(rest.state), strict=True):
         np.testing.assert_array_equal(a, b)
     assert rest.rounds == [6]

@@ -25,11 +25,13 @@ def finals(name):
             num_rounds=config.num_rounds,
             seeds=(0, 1),
             evaluate=make_evaluation(problem, execution, 256),
+            evaluation_data=problem.splits,
         )
         last = run.evaluations[-1]
         seen = [summarise_clients(_of(last["train_clients"], s), problem.splits.test.sizes) for s in (0, 1)]
         held = [
-            summarise_clients(_of(last["unseen_clients"], s), problem.splits.unseen_test.sizes) for s in (0, 1)
+            summarise_clients(_of(last["unseen_clients"], s), problem.splits.unseen_test.sizes)
+            for s in (0, 1)
         ]
         table["accuracy"].append([s["accuracy"] for s in seen])
         table["bottom_decile"].append([s["accuracy_bottom_decile"] for s in seen])

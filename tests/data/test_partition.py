@@ -111,8 +111,14 @@ def test_digits_are_real():
 BAD = {
     "more clients than examples": (lambda: data.iid(3, 5, rng()), "cannot split 3 examples over 5 clients"),
     "no client": (lambda: data.iid(3, 0, rng()), "over 0 clients"),
-    "alpha": (lambda: data.dirichlet_labels(LABELS, 5, 0.0, rng()), "alpha is 0.0; a Dirichlet concentration"),
-    "groups": (lambda: data.dirichlet_labels(LABELS, 5, 1.0, rng(), 11), "num_groups is 11 but there are 10 labels"),
+    "alpha": (
+        lambda: data.dirichlet_labels(LABELS, 5, 0.0, rng()),
+        "alpha is 0.0; a Dirichlet concentration",
+    ),
+    "groups": (
+        lambda: data.dirichlet_labels(LABELS, 5, 1.0, rng(), 11),
+        "num_groups is 11 but there are 10 labels",
+    ),
     "pachinko size": (
         lambda: data.pachinko(LABELS, LABELS // 5, 10, rng(), size=61),
         "10 clients of 61 examples need more than the 600",
@@ -137,10 +143,16 @@ BAD = {
         lambda: data.draw_components([np.arange(3)], np.ones((2, 1)), 3, rng()),
         "1 clients but 2 rows of mixture weights",
     ),
-    "pool": (lambda: data.draw_clients(np.arange(3), 2, 4, rng()), "cannot draw 4 different examples from a pool of 3"),
+    "pool": (
+        lambda: data.draw_clients(np.arange(3), 2, 4, rng()),
+        "cannot draw 4 different examples from a pool of 3",
+    ),
     "components": (lambda: data.draw_mixtures(3, 0, 0.4, rng()), "num_components is 0"),
     "synthetic": (lambda: data.synthetic_mixture(num_clients=0), "num_clients is 0"),
-    "fidelity": (lambda: data.synthetic_mixture(fidelity="official"), "must be 'paper' or 'released', got 'official'"),
+    "fidelity": (
+        lambda: data.synthetic_mixture(fidelity="official"),
+        "must be 'paper' or 'released', got 'official'",
+    ),
 }
 
 

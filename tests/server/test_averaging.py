@@ -78,9 +78,7 @@ def test_a_server_that_keeps_the_client_axis_is_refused():
 
 
 def test_weightings():
-    cohort = sampling.make_cohort(
-        small_federation(), jnp.array([0, 1, 2]), jnp.array([True, True, False])
-    )
+    cohort = sampling.make_cohort(small_federation(), jnp.array([0, 1, 2]), jnp.array([True, True, False]))
     np.testing.assert_allclose(cohort_weights("samples", cohort), [5 / 14, 9 / 14, 0], rtol=1e-6)
     np.testing.assert_allclose(cohort_weights("uniform", cohort), [0.5, 0.5, 0])
     np.testing.assert_allclose(cohort_weights("population", cohort), [5 / 36, 9 / 36, 0], rtol=1e-6)

@@ -1,0 +1,160 @@
+"""Every config builds and runs in its quick variant, and says clearly what is wrong with it when something is."""
+
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+from data.test_shakespeare import TEXT
+
+from configs import common
+from experiments import build, run
+from fedjax_mtl.data import tfds_sets
+
+CONFIGS = sorted(
+    path.stem
+    for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+    if path.stem != "common"
+)
+
+
+def get(name, **changes):
+    config = importlib.import_module(f"configs.{name}").get_config("quick")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture
+def prepared(monkeypatch, tmp_path):
+    """Small stand-ins for the sets that are not shipped: random images, and a text of two plays."""
+
+    def load(name, data_dir=None):
+        del data_dir
+        rng = np.random.default_rng(0)
+        side, channels, classes = (
+            (28, 1, 62) if name == "emnist" else (32, 3, 100 if name == "cifar100" else 10)
+        )
+        labels = np.tile(np.arange(classes, dtype=np.int32), 6000 // classes)
+        images = rng.integers(0, 255, (len(labels), side, side, channels)).astype(np.uint8)
+        found = {"inputs": images, "labels": labels}
+        return found | ({"coarse_labels": tfds_sets.CIFAR100_COARSE[labels]} if name == "cifar100" else {})
+
+    monkeypatch.setattr(tfds_sets, "load_tfds", load)
+    text = tmp_path / "plays.txt"
+    # Longer roles, so that some have test windows too.
+    text.write_text(TEXT.replace("To be,  or not to be", "To be or not to be, " * 30 + "To be"))
+    return text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quick_variants_run(name, prepared, tmp_path):
+    config = get(name)
+    config.seeds = (0,)
+    config.num_rounds, config.eval_every, config.checkpoint_every = 1, 1, 1
+    if config.data.name == "shakespeare":
+        config.data.path = str(prepared)
+        config.data.stride = 1
+        config.data.unseen_fraction = 0.0
+    summary = run.run(config, tmp_path / name)
+    final = summary["metrics"]["train_clients"]
+    assert np.isfinite(final["loss"]["final_mean"])
+    assert {"accuracy", "accuracy_bottom_decile", "loss"} <= set(final)
+
+
+def test_full_variants_carry_the_papers_settings():
+    settings = {name: importlib.import_module(f"configs.{name}").get_config() for name in CONFIGS}
+    clients = {name: c.data.get("num_clients") for name, c in settings.items()}
+    assert clients["fedem_synthetic"] == 300 and clients["fedem_emnist"] == 100
+    assert clients["fedem_cifar10"] == 80 and clients["fedem_cifar100"] == 100
+    for name in set(CONFIGS) - {"fedem_digits"}:
+        assert settings[name].num_rounds == 200
+        assert settings[name].client.batch_size == 128 and settings[name].client.momentum == 0.9
+        assert settings[name].algorithm.fedem.num_components == 3
+
+
+BAD = {
+    "algorithm": (
+        {"algorithm.name": "fedsgd"},
+        "unknown config.algorithm.name 'fedsgd'; expected one of agnostic, apfl",
+    ),
+    "data set": ({"data.name": "mnist"}, "unknown config.data.name 'mnist'; expected one of digits"),
+    "model": ({"model.name": "resnet"}, "unknown config.model.name 'resnet'"),
+    "partition": (
+        {"data.partition": "iid"},
+        "unknown config.data.partition 'iid'; expected label_permuted, rotated",
+    ),
+    "optimiser": ({"client.name": "adagrad"}, "unknown optimizer 'adagrad'"),
+    "schedule": ({"client.schedule": "step"}, "unknown config.client.schedule 'step'"),
+    "cohort": ({"cohort_size": 100}, r"config.cohort_size is 100 but 6 clients train"),
+    "epochs and steps": ({"client.steps": 3}, "has epochs=1 and steps=3; exactly one"),
+    "neither": ({"client.epochs": 0}, "has epochs=0 and steps=0"),
+    "rounds": ({"num_rounds": 0}, "config.num_rounds is 0; give at least 1"),
+    "checkpoints": ({"checkpoint_every": 3}, "no multiple of config.eval_every"),
+    "seeds": ({"seeds": (1, 1)}, r"config.seeds is \(1, 1\); give at least one, all different"),
+    "execution": ({"execution.mode": "pmap"}, "unknown execution mode 'pmap'"),
+    "chunk": ({"execution.mode": "chunk"}, "needs a chunk of at least 1"),
+    "devices": ({"execution.num_devices": 64}, "64 devices asked for but there are 4"),
+    "components": ({"algorithm.fedem.num_components": 0}, "num_components is 0"),
+    "alpha": ({"data.alpha": 0.0}, "alpha is 0.0"),
+    "unseen": ({"data.unseen_fraction": 1.0}, "unseen_fraction is 1.0"),
+    "batch": ({"client.batch_size": -4}, "batch_size is -4"),
+    "train size": ({"data.train_size": 5000}, "cannot draw 5000 different examples from a pool of 1257"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_configs_are_refused_before_anything_is_written(name, tmp_path):
+    changes, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        run.run(get("fedem_digits", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+BAD_ALGORITHMS = {
+    "apfl": ({"alpha": 1.5}, "alpha is 1.5; it is a share"),
+    "l2sgd": ({"probability": 1.0}, "the coin needs 0 < p < 1"),
+    "decentralized_fedem": ({"graph": "star"}, "unknown config.algorithm graph 'star'"),
+    "pfedme": ({"fidelity": "official"}, "fidelity must be 'paper' or 'released'"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_ALGORITHMS))
+def test_bad_settings_of_algorithms(name, tmp_path):
+    changes, message = BAD_ALGORITHMS[name]
+    config = get("fedem_digits")
+    config.algorithm.name = name
+    config.algorithm[name].update(changes)
+    with pytest.raises(ValueError, match=message):
+        run.run(config, tmp_path / "run")
+
+
+def test_unknown_and_missing_fields_are_named():
+    def factory(alpha, beta=1):
+        return alpha + beta
+
+    with pytest.raises(ValueError, match="unknown field config.data.gamma; known fields: alpha, beta"):
+        build.call(factory, {"alpha": 1, "gamma": 2}, "config.data")
+    with pytest.raises(ValueError, match="missing field config.data.alpha"):
+        build.call(factory, {}, "config.data")
+    assert build.call(factory, {"alpha": 1}, "config.data") == 2
+
+
+def test_variants():
+    assert common.parse_variant("quick,seed=3", quick=False, seed=0).to_dict() == {"quick": True, "seed": 3}
+    with pytest.raises(ValueError, match="unknown variant 'fast'; known: quick"):
+        common.parse_variant("fast", quick=False)
+
+
+def test_sets_that_are_not_there_say_how_to_get_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python -m fedjax_mtl.data.tfds_sets emnist --data_dir="):
+        run.run(get("fedem_emnist", **{"data.data_dir": str(tmp_path)}), tmp_path / "run")
+    with pytest.raises(ValueError, match="config.data.path is empty; name the text"):
+        run.run(get("fedem_shakespeare"), tmp_path / "run")
+    with pytest.raises(FileNotFoundError):
+        run.run(get("fedem_shakespeare", **{"data.path": str(tmp_path / "none.txt")}), tmp_path / "run")
+
+
+def test_a_work_directory_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file; name a directory"):
+        run.run(get("fedem_digits"), tmp_path / "file")
