@@ -191,6 +191,11 @@ def shakespeare(*, path: str, stride: int, max_windows: int, unseen_fraction: fl
         if is_test.any() and not is_test.all():
             train.append(own[~is_test])
             test.append(own[is_test])
+    if not train:
+        raise ValueError(
+            f"no role in {path} has windows of {WINDOW} characters both to train and to test on; "
+            "lower config.data.stride or name a longer text"
+        )
     order = np.random.default_rng(seed).permutation(len(train))
     num_unseen = int(round(unseen_fraction * len(order)))
     held, seen = order[:num_unseen], order[num_unseen:]

@@ -41,8 +41,11 @@ def prepared(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tfds_sets, "load_tfds", load)
     text = tmp_path / "plays.txt"
-    # Longer roles, so that some have test windows too.
-    text.write_text(TEXT.replace("To be,  or not to be", "To be or not to be, " * 30 + "To be"))
+    # Roles of twenty lines, so that their last fifth is longer than a window.
+    line = "    Whether 'tis nobler in the mind to suffer the slings\n"
+    text.write_text(
+        TEXT.replace("  Ber. Who's there?\n", f"  Ber. Who's there?\n{line * 20}  MAR. Holla!\n{line * 20}")
+    )
     return text
 
 

@@ -56,10 +56,12 @@ def sequence_classification(name: str = "sequence", class_weights: jax.Array | N
     label is that class, without renormalisation, as FedEM's released Shakespeare code does.
     """
 
+    scale = None if class_weights is None else jnp.asarray(class_weights)
+
     def loss(outputs, labels):
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, labels)
-        if class_weights is not None:
-            losses = losses * class_weights[labels]
+        if scale is not None:
+            losses = losses * scale[labels]
         return jnp.mean(losses, axis=-1)
 
     def accuracy(outputs, labels):
