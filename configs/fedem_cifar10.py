@@ -13,30 +13,14 @@ from configs import common
 
 def get_config(variant: str | None = None):
     options = common.parse_variant(variant, quick=False)
-    data = {
-        "name": "images",
-        "source": "cifar10",
-        "data_dir": "",
-        "fraction": 1.0,
-        "partition": "dirichlet",
-        "num_clients": 80,
-        "num_groups": 0,
-        "alpha": 0.4,
-        "beta": 10.0,
-        "test_fraction": 0.2,
-        "unseen_fraction": 0.2,
-        "seed": 12345,
-    }
-    model = {"name": "cnn", "channels": (32, 64), "kernel": 5, "hidden": 2048}
-    if options.quick:
-        data |= {"fraction": 0.05, "num_clients": 10}
-        model |= {"channels": (8, 16), "hidden": 64}
-    return common.experiment(
-        data=data,
-        model=model,
-        algorithm=common.baselines(default=0.03, fedem=0.1, decentralized_fedem=0.1, pfedme=0.1),
-        client=common.fedem_training(),
-        num_rounds=2 if options.quick else 200,
-        eval_every=1 if options.quick else 10,
-        seeds=(0,) if options.quick else (0, 1, 2),
+    return common.image_experiment(
+        "cifar10",
+        quick=options.quick,
+        fraction=1.0,
+        partition="dirichlet",
+        num_clients=80,
+        default=0.03,
+        fedem=0.1,
+        decentralized_fedem=0.1,
+        pfedme=0.1,
     )

@@ -34,7 +34,7 @@ def prepared(monkeypatch, tmp_path):
         side, channels, classes = (
             (28, 1, 62) if name == "emnist" else (32, 3, 100 if name == "cifar100" else 10)
         )
-        labels = np.tile(np.arange(classes, dtype=np.int32), 6000 // classes)
+        labels = np.tile(np.arange(classes, dtype=np.int32), 20000 // classes)
         images = rng.integers(0, 255, (len(labels), side, side, channels)).astype(np.uint8)
         found = {"inputs": images, "labels": labels}
         return found | ({"coarse_labels": tfds_sets.CIFAR100_COARSE[labels]} if name == "cifar100" else {})
