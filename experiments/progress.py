@@ -3,6 +3,9 @@
 import rich.console
 import rich.progress
 
+# Everything should fit a line of 80 characters.
+_SHORT = {"accuracy": "acc", "accuracy_bottom_decile": "decile", "unseen_accuracy": "unseen"}
+
 
 class Progress:
     """Used as a context; where the output is not a terminal it prints about ten lines instead."""
@@ -11,10 +14,9 @@ class Progress:
         self._console = rich.console.Console(soft_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("[bold]{task.description}"),
-            rich.progress.BarColumn(bar_width=24),
+            rich.progress.BarColumn(bar_width=12),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[speed]}"),
-            rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("{task.fields[metrics]}"),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -34,11 +36,11 @@ class Progress:
 
     def show(self, done: int, metrics: dict[str, float]) -> None:
         """Moves the bar to ``done`` rounds."""
-        text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        text = " ".join(f"{_SHORT.get(name, name)} {value:.3f}" for name, value in metrics.items())
         seconds = self._bar.tasks[0].elapsed or 0.0
         # The first block includes compiling; the rate is an underestimate that gets better.
-        speed = f"{(done - self._start) / seconds:.1f} rounds/s" if seconds and done > self._start else ""
+        speed = f"{(done - self._start) / seconds:.1f}/s" if seconds and done > self._start else ""
         self._bar.update(self._task, completed=done, speed=speed, metrics=text)
         if not self._console.is_terminal and (done >= self._next_line or done == self._total):
-            self._console.print(f"{self._name} {done}/{self._total} rounds  {speed}  {text}", highlight=False)
+            self._console.print(f"{self._name} {done}/{self._total} rounds {speed} {text}", highlight=False)
             self._next_line = done + max(self._total // 10, 1)

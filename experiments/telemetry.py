@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from absl import app
 
 _compile_seconds = 0.0
 
@@ -68,6 +69,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl's flags; a ``--config`` override that does not fit the config ends the program with one message."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        overrides = [argument for argument in argv if argument.startswith("--config.")]
+        given = f" (settings given: {' '.join(overrides)})" if overrides else ""
+        sys.exit(f"error: the config or one of its settings is unknown or of the wrong type: {error}{given}")
 
 
 def exit_on_bad_input(action: Callable[[], Any]) -> None:

@@ -1,19 +1,29 @@
 """Communication graphs of decentralised training, and the mixing matrices on them.
 
-All plain numpy and networkx: a mixing matrix is made once, before anything is compiled.
+All plain numpy and networkx (imported where used): a mixing matrix is made once, before anything is compiled.
 """
 
-import networkx as nx
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def complete(num_clients: int) -> nx.Graph:
     """Everybody talks to everybody."""
+    import networkx as nx
+
     return nx.complete_graph(num_clients)
 
 
 def ring(num_clients: int) -> nx.Graph:
     """Each client talks to two neighbours."""
+    import networkx as nx
+
     return nx.cycle_graph(num_clients)
 
 
@@ -23,6 +33,8 @@ def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx
     Raises:
         ValueError: no connected graph in 1000 draws.
     """
+    import networkx as nx
+
     for attempt in range(1000):
         graph = nx.gnp_random_graph(num_clients, probability, seed=seed + 7919 * attempt)
         if nx.is_connected(graph):
@@ -34,6 +46,8 @@ def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx
 
 
 def _check(graph: nx.Graph) -> None:
+    import networkx as nx
+
     if not nx.is_connected(graph):
         parts = [len(part) for part in nx.connected_components(graph)]
         raise ValueError(

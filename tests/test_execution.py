@@ -112,3 +112,13 @@ def test_memory_does_not_grow_with_the_cohort_when_the_server_averages():
     # The same server with a transformation that needs every update holds them all.
     clipped = optax.chain(server.clip_clients(1.0), server.average_clients(), optax.sgd(1.0))
     assert temporary_bytes(64, clipped) - temporary_bytes(8, clipped) > 40 * one_model
+
+
+def test_importing_the_package_needs_only_jax_flax_optax_and_numpy():
+    import subprocess
+    import sys
+
+    heavy = "{'networkx', 'orbax', 'tensorflow_datasets', 'ml_collections', 'matplotlib', 'scipy.stats', 'sklearn', 'tensorflow'}"
+    code = f"import sys, fedjax_mtl; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

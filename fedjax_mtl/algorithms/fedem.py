@@ -70,8 +70,8 @@ def fedem_client(
     """FedEM's client (algorithm 1, lines 4-9): E-step on all local data, pi, then local SGD on every component.
 
     All with the received theta and the old pi: first q, then pi, then the components, each on its own weighted loss
-    ``1/|B| sum_i q[m, i] loss_i``, with q frozen for the whole round. The components see the same minibatches (the released code shuffles
-    for each anew; in expectation the same, and a third of the gathers).
+    ``1/|B| sum_i q[m, i] loss_i``, with q frozen for the whole round. Every component shuffles for itself, as in the released code: on
+    its synthetic data, components that see the same minibatches stay alike for longer and end in poorer optima.
 
     Args:
         model, task: one component; the task's loss must be a negative log-likelihood.
@@ -112,7 +112,7 @@ def fedem_client(
         starts = state.optimizer if keep_optimizer else jax.vmap(optimizer.init)(params)
         factor = scales if schedule is None else scales * schedule(client.round)
 
-        def train_component(theta, optimizer_state, weights, scale):
+        def train_component(theta, optimizer_state, weights, scale, component_key):
             return train(
                 gradient,
                 optimizer,
@@ -120,12 +120,13 @@ def fedem_client(
                 theta,
                 optimizer_state,
                 client,
-                key,
+                component_key,
                 example_weights=weights,
                 step_scale=scale,
             )
 
-        trained = jax.vmap(train_component)(params, starts, q, factor)
+        keys = jax.random.split(key, num_components)
+        trained = jax.vmap(train_component)(params, starts, q, factor, keys)
         kept = FedEMClientState(mixture, trained.optimizer if keep_optimizer else ())
         metrics = {"loss": jnp.sum(trained.loss), "num_steps": trained.num_steps[0]}
         return ClientResult(optax.tree.sub(params, trained.params), kept, metrics)

@@ -181,9 +181,9 @@ MINIBATCH = {
     "clustered_lr0.1": 0.005,
     "clusteredfixed_lr1.0": 0.02,
     "fedem_m2_lr1.0": 0.01,
-    "fedem_m3_lr1.0": 0.02,
+    "fedem_m3_lr1.0": 0.01,
     "fedem_m4_lr1.0": 0.02,
-    "fedem_m3_lr1.0_sampling0.2": 0.03,
+    "fedem_m3_lr1.0_sampling0.2": 0.02,
 }
 
 

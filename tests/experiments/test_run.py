@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -148,11 +149,22 @@ def test_a_killed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_command_line_names_bad_fields(tmp_path):
-    process = launch(tmp_path / "bad", "--config.cohort_size=500")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.cohort_size=500", "error: config.cohort_size is 500 but 19 clients train"),
+        (
+            "--config.cohort=5",
+            "error: the config or one of its settings is unknown .*'cohort'.* given: .*--config.cohort=5",
+        ),
+        ("--config.num_rounds=many", "flag --config.num_rounds=many: invalid literal for int"),
+    ],
+)
+def test_the_command_line_names_bad_fields(override, message, tmp_path):
+    process = launch(tmp_path / "bad", override)
     output = process.communicate()[0]
     assert process.returncode == 1
-    assert "error: config.cohort_size is 500 but 19 clients train" in output
+    assert re.search(message, output), output
     assert "Traceback" not in output
     assert not (tmp_path / "bad").exists()
 
