@@ -74,19 +74,25 @@ def baselines(**learning_rates: float) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "agnostic": {"mixture_learning_rate": 0.001},
         "apfl": {"alpha": 0.5, "alpha_learning_rate": 0.0},
-        "clustered": {"mean_below": 0.4, "largest_above": 1.6},
+        "clustered": {"mean_below": 0.4, "largest_above": 1.6, "fidelity": "paper"},
         "decentralized_fedem": {
             "num_components": 3,
             "graph": "erdos_renyi",
             "edge_probability": 0.5,
             "weights": "fastest",
             "graph_seed": 0,
+            "self_loops": True,
         },
         "fedavg": {"weighting": "samples"},
         "fedavg_tuned": {"adaptation_epochs": 1},
-        "fedem": {"num_components": 3, "adaptation_iterations": 10, "weighting": "population"},
+        "fedem": {
+            "num_components": 3,
+            "adaptation_iterations": 10,
+            "weighting": "population",
+            "fidelity": "paper",
+        },
         "fedprox": {"proximal_strength": 0.1},
-        "l2sgd": {"penalty": 0.1, "probability": 0.1},
+        "l2sgd": {"penalty": 0.1, "probability": 0.1, "fidelity": "paper"},
         "local": {},
         "pfedme": {
             "penalty": 15.0,
@@ -95,7 +101,7 @@ def baselines(**learning_rates: float) -> dict[str, Any]:
             "server_step": 1.0,
             "fidelity": "paper",
         },
-        "q_ffl": {"q": 1.0},
+        "q_ffl": {"q": 1.0, "fidelity": "paper"},
     }
     for name, own in settings.items():
         own["learning_rate"] = learning_rates.get(name, learning_rates["default"])

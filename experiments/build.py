@@ -167,7 +167,9 @@ def _fedavg_tuned(parts: Parts, *, learning_rate: float, adaptation_epochs: int 
 
 
 def _fedprox(parts: Parts, *, learning_rate: float, proximal_strength: float) -> Algorithm:
-    return algorithms.fedprox(**parts.training(learning_rate), proximal_strength=proximal_strength)
+    # The proximal optimiser has no momentum, whatever the other algorithms' has.
+    settings = parts.training(learning_rate) | {"optimizer": parts.optimizer(learning_rate, momentum=0.0)}
+    return algorithms.fedprox(**settings, proximal_strength=proximal_strength)
 
 
 def _local(parts: Parts, *, learning_rate: float) -> Algorithm:
@@ -181,13 +183,15 @@ def _fedem(
     num_components: int,
     adaptation_iterations: int = 10,
     weighting: str = "population",
+    fidelity: str = "paper",
 ) -> Algorithm:
     return algorithms.fedem(
         **parts.training(learning_rate),
         num_components=num_components,
         adaptation_iterations=adaptation_iterations,
         weighting=weighting,
-        keep_optimizer=parts.keep_optimizer,
+        fidelity=fidelity,
+        keep_optimizer=parts.keep_optimizer or fidelity == "released",
     )
 
 
@@ -207,12 +211,15 @@ def _decentralized_fedem(
     edge_probability: float = 0.5,
     weights: str = "fastest",
     graph_seed: int = 0,
+    self_loops: bool = True,
 ) -> Algorithm:
     make = choose(GRAPHS, graph, "config.algorithm graph")
     weigh = {"fastest": topology.fastest_mixing_weights, "metropolis": topology.metropolis_weights}
     matrix = choose(weigh, weights, "config.algorithm weights")(
         make(parts.num_clients, edge_probability, graph_seed)
     )
+    if not self_loops:
+        matrix = topology.without_self_loops(matrix)
     settings = parts.training(learning_rate)
     del settings["num_clients"]
     return algorithms.decentralized_fedem(
@@ -224,11 +231,17 @@ def _decentralized_fedem(
 
 
 def _clustered(
-    parts: Parts, *, learning_rate: float, mean_below: float = 0.4, largest_above: float = 1.6
+    parts: Parts,
+    *,
+    learning_rate: float,
+    mean_below: float = 0.4,
+    largest_above: float = 1.6,
+    fidelity: str = "paper",
 ) -> Algorithm:
     return algorithms.clustered(
         **parts.training(learning_rate),
-        keep_optimizer=parts.keep_optimizer,
+        keep_optimizer=parts.keep_optimizer or fidelity == "released",
+        fidelity=fidelity,
         mean_below=mean_below,
         largest_above=largest_above,
     )
@@ -266,9 +279,13 @@ def _apfl(
     )
 
 
-def _l2sgd(parts: Parts, *, learning_rate: float, penalty: float, probability: float = 0.1) -> Algorithm:
+def _l2sgd(
+    parts: Parts, *, learning_rate: float, penalty: float, probability: float = 0.1, fidelity: str = "paper"
+) -> Algorithm:
+    # Plain SGD by definition: the client's momentum and weight decay do not apply.
     return algorithms.l2sgd(
         **parts.common(),
+        fidelity=fidelity,
         learning_rate=learning_rate,
         penalty=penalty,
         probability=probability,
@@ -278,6 +295,7 @@ def _l2sgd(parts: Parts, *, learning_rate: float, penalty: float, probability: f
 
 
 def _agnostic(parts: Parts, *, learning_rate: float, mixture_learning_rate: float = 0.001) -> Algorithm:
+    # One minibatch gradient a round: local epochs and the local schedule do not apply.
     sizes = parts.problem.splits.train.sizes
     return algorithms.agnostic(
         **parts.common(),
@@ -288,9 +306,15 @@ def _agnostic(parts: Parts, *, learning_rate: float, mixture_learning_rate: floa
     )
 
 
-def _q_ffl(parts: Parts, *, learning_rate: float, q: float = 1.0) -> Algorithm:
+def _q_ffl(parts: Parts, *, learning_rate: float, q: float = 1.0, fidelity: str = "paper") -> Algorithm:
+    # Plain SGD, whose step size is the method's Lipschitz estimate: momentum and weight decay do not apply.
     return algorithms.q_ffl(
-        **parts.common(), plan=parts.plan, schedule=parts.schedule, learning_rate=learning_rate, q=q
+        **parts.common(),
+        plan=parts.plan,
+        schedule=parts.schedule,
+        learning_rate=learning_rate,
+        q=q,
+        fidelity=fidelity,
     )
 
 
@@ -320,24 +344,45 @@ def make_plan(*, batch_size: int, epochs: int, steps: int) -> batching.BatchPlan
     return batching.epochs(epochs, size) if epochs else batching.steps(steps, size)
 
 
-def execution_of(config: ml_collections.ConfigDict, params: Any) -> Execution:
-    """``config.execution``; mode ``auto`` picks by platform and model size."""
+def execution_of(config: ml_collections.ConfigDict, model: models.Model) -> Execution:
+    """``config.execution``; mode ``auto`` picks by platform and the size of what a client trains, all components of it."""
     settings = dict(config.execution)
     if settings["mode"] != "auto":
         return make_execution(settings["mode"], settings["chunk"] or None, settings["num_devices"])
-    chosen = default_execution(params)
+    components = dict(config.algorithm.get(config.algorithm.name, {})).get("num_components", 1)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), max(components, 1)))
+    chosen = default_execution(jax.eval_shape(jax.vmap(model.init), keys))
     return make_execution(chosen.mode, chosen.chunk, settings["num_devices"])
+
+
+FIELDS = {
+    "": {
+        *("data", "model", "algorithm", "client", "execution", "cohort_size", "num_rounds", "eval_every"),
+        *("checkpoint_every", "evaluation_batch_size", "seeds"),
+    },
+    "execution": {"mode", "chunk", "num_devices"},
+}
+
+
+def check_fields(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for a field that nothing would read, or one that is missing."""
+    for name, known in FIELDS.items():
+        section = set(config[name] if name else config)
+        for field in sorted(section ^ known):
+            where = f"config.{name}.{field}" if name else f"config.{field}"
+            raise ValueError(
+                f"{'unknown' if field in section else 'missing'} field {where}; known: {', '.join(sorted(known))}"
+            )
 
 
 def make_algorithm(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Algorithm, Execution]:
     """The algorithm ``config.algorithm.name`` with its settings, ``config.algorithm.<name>``, and how it maps clients."""
     model = make_model(config, problem)
-    params = jax.eval_shape(model.init, jax.random.key(0))
     client = dict(config.client)
     parts = Parts(
         problem,
         model,
-        execution_of(config, params),
+        execution_of(config, model),
         make_plan(**{name: client.pop(name) for name in ("batch_size", "epochs", "steps")}),
         make_schedule(client.pop("schedule"), config.num_rounds),
         {name: client.pop(name) for name in ("name", "momentum", "weight_decay")},

@@ -150,10 +150,14 @@ def images(
     chosen = rng.permutation(count)[: int(round(fraction * count))]
     examples = {name: values[chosen] for name, values in examples.items()}
     labels = examples["labels"]
-    num_classes = int(labels.max()) + 1
+    num_classes = tfds_sets.NUM_CLASSES[source]
     check_labels(labels, num_classes)
     if partition == "dirichlet":
         rows = data.dirichlet_labels(labels, num_clients, alpha, rng, num_groups or None)
+    elif partition == "pachinko" and "coarse_labels" not in examples:
+        raise ValueError(
+            f"config.data.partition pachinko needs coarse labels, which {source} does not have; use dirichlet"
+        )
     elif partition == "pachinko":
         rows = data.pachinko(labels, examples["coarse_labels"], num_clients, rng, alpha=alpha, beta=beta)
     else:

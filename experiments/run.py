@@ -7,7 +7,7 @@ Started again on the same directory it goes on where it was, and ends with the s
 
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -18,7 +18,15 @@ from ml_collections import config_flags
 from experiments import build, plots, telemetry, workdir
 from experiments.checkpoints import Checkpoints
 from experiments.progress import Progress
-from fedjax_mtl import Algorithm, Execution, Splits, evaluate_clients, simulate_blocks, summarise_clients
+from fedjax_mtl import (
+    Algorithm,
+    Execution,
+    Splits,
+    evaluate_clients,
+    sampling,
+    simulate_blocks,
+    summarise_clients,
+)
 
 PyTree = Any
 
@@ -92,7 +100,7 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
             rounds = sorted(by_round)
             values = np.array([[by_round[r][s] for s in seeds] for r in rounds])
             means = values.mean(axis=1)
-            lower_is_better = "loss" in name or "error" in name
+            lower_is_better = "loss" in name or "error" in name or name.endswith("_std")
             best = int(np.argmin(means) if lower_is_better else np.argmax(means))
             summary.setdefault(split, {})[name] = {
                 "final": values[-1].tolist(),
@@ -105,19 +113,44 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
     return summary
 
 
+class Prepared(NamedTuple):
+    """A run that has been checked: its data, algorithm, execution and sampler."""
+
+    problem: build.Problem
+    algorithm: Algorithm
+    execution: Execution
+    sampler: sampling.Sampler
+
+
+def prepare(config: ml_collections.ConfigDict) -> Prepared:
+    """Builds all objects of a run and traces one round, which finds whatever can be wrong before anything is written.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the field and the remedy.
+    """
+    build.check_fields(config)
+    check_counts(config)
+    problem = build.make_problem(config)
+    algorithm, execution = build.make_algorithm(config, problem)
+    train = problem.splits.train
+    sampler = build.make_sampler(config, train.num_clients)
+
+    def first_round(key):
+        return algorithm.round(algorithm.init(key), sampler(key, 0, train), key)
+
+    jax.eval_shape(first_round, jax.random.key(0))
+    return Prepared(problem, algorithm, execution, sampler)
+
+
 def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
     """Runs a config to its end in a directory, and returns its summary.
 
     Raises:
         ValueError: bad fields, or a directory of another config. FloatingPointError: training diverged. RuntimeError: a damaged checkpoint.
     """
-    # --- Everything that can be wrong with the config is found before anything is written.
     config = ml_collections.FrozenConfigDict(config)
-    check_counts(config)
-    problem = build.make_problem(config)
-    algorithm, execution = build.make_algorithm(config, problem)
+    problem, algorithm, execution, sampler = prepare(config)
     num_clients = problem.splits.train.num_clients
-    sampler = build.make_sampler(config, num_clients)
     seeds = tuple(config.seeds)
     workdir.claim(directory, config)
 
@@ -178,7 +211,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
         "seeds": list(seeds),
         "metrics": summarise(rows, seeds),
         **times,
-        "rounds_per_second": config.num_rounds * len(seeds) / steady,
+        "rounds_per_second": config.num_rounds / steady,  # of all seeds at once
         "bytes_up_per_round": up * clients,
         "bytes_down_per_round": down * clients,
         "execution": {"mode": execution.mode, "chunk": execution.chunk},

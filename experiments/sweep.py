@@ -72,6 +72,8 @@ def combinations(config: ml_collections.ConfigDict, grids: list[str]) -> dict[st
 def sweep(config: ml_collections.ConfigDict, grids: list[str], directory: pathlib.Path) -> None:
     """Runs all combinations one after the other, then reports on them."""
     configs = combinations(config, grids)
+    for own in configs.values():
+        run.prepare(own)  # a mistake in the last combination should not wait for the first to finish
     for name, own in configs.items():
         run.run(own, directory / name)
     report.report([directory / name for name in configs], directory)

@@ -34,6 +34,7 @@ class Algorithm(NamedTuple):
             own personalised model.
         adapt: ``(state, newcomers: Federation, key) -> state``, a state whose clients are the newcomers.
         traffic: ``state -> (bytes up, bytes down)``, what one participating client sends and receives in a round.
+        num_clients: clients in the population the algorithm was made for.
         tuned: clients are judged after ``adapt`` on their own training data, trained or not (FedAvg + tuning).
     """
 
@@ -42,6 +43,7 @@ class Algorithm(NamedTuple):
     predict: Callable[[PyTree, jax.Array, PyTree], PyTree]
     adapt: Callable[[PyTree, Federation, jax.Array], PyTree]
     traffic: Callable[[PyTree], tuple[int, int]]
+    num_clients: int
     tuned: bool = False
 
 
@@ -121,6 +123,7 @@ def federated(
     num_clients: int,
     weighting: Weighting = "samples",
     execution: Execution | None = None,
+    full_participation: bool = False,
 ) -> Algorithm:
     """The general composition: clients update, the server transforms their pseudo-gradients and takes the step.
 
@@ -138,9 +141,10 @@ def federated(
         num_clients: clients in the population.
         weighting: see :func:`cohort_weights`.
         execution: how clients are mapped; default by platform and model size.
+        full_participation: refuse cohorts that are not the whole population, for algorithms whose server needs everybody's model.
 
     Raises:
-        ValueError: (when traced) the server's result still has a client axis.
+        ValueError: (when traced) the server's result still has a client axis, or a cohort that full participation forbids.
     """
     server = optax.with_extra_args_support(server)
 
@@ -151,6 +155,8 @@ def federated(
         return FederatedState(jnp.zeros((), jnp.int32), params, server.init(shared), clients)
 
     def one_round(state, cohort, key):
+        if full_participation:
+            check_full_participation(cohort, num_clients)
         how = default_execution(state.params) if execution is None else execution
         weights = cohort_weights(weighting, cohort)
         fused = only_averages(state.server)
@@ -171,17 +177,14 @@ def federated(
             trees.take_clients(state.clients, cohort.client_ids),
             weights,
         )
-        updates = results.pseudo_gradient
-        server_weights = weights
-        if fused:
-            # The cohort has been averaged already: the server sees one client of weight 1.
-            updates, server_weights = jax.tree.map(lambda x: x[None], total), jnp.ones(1)
+        updates = total if fused else results.pseudo_gradient
         shared, kept = trees.partition(state.params, client.shared)
         steps, server_state = server.update(
             updates,
             state.server,
             shared,
-            weights=server_weights,
+            weights=weights,
+            already_averaged=fused,
             losses=results.metrics["loss"],
             client_ids=cohort.client_ids,
             present=cohort.present,
@@ -206,7 +209,16 @@ def federated(
         size = costs.tree_bytes(trees.partition(state.params, client.shared)[0])
         return size, size
 
-    return Algorithm(init, one_round, predict, adapt, traffic)
+    return Algorithm(init, one_round, predict, adapt, traffic, num_clients)
+
+
+def check_full_participation(cohort: Cohort, num_clients: int) -> None:
+    """Raises ValueError unless the cohort has a slot for every client of the population."""
+    if cohort.client_ids.shape[0] != num_clients:
+        raise ValueError(
+            f"this algorithm needs all {num_clients} clients in every round, the cohort has "
+            f"{cohort.client_ids.shape[0]}; use full participation"
+        )
 
 
 def _check_step(steps: PyTree, params: PyTree) -> None:
@@ -284,11 +296,7 @@ def decentralized(
         return DecentralizedState(jnp.zeros((), jnp.int32), copies, states)
 
     def one_round(state, cohort, key):
-        if cohort.client_ids.shape[0] != num_clients:
-            raise ValueError(
-                f"a decentralised round needs all {num_clients} clients of its mixing matrix, the cohort has "
-                f"{cohort.client_ids.shape[0]}; use full participation"
-            )
+        check_full_participation(cohort, num_clients)
         how = _execution_of_copies(state.params, execution)
 
         def one_client(shared, own, params, own_state) -> tuple[PyTree, ClientResult]:
@@ -326,11 +334,12 @@ def decentralized(
 
     def traffic(state):
         moving = trees.partition(state.params, client.shared)[0]
-        neighbours = np.mean(np.sum(np.asarray(mixing_matrix) > 0, axis=1) - 1)
+        edges = (np.asarray(mixing_matrix) > 0) & ~np.eye(num_clients, dtype=bool)
+        neighbours = np.mean(np.sum(edges, axis=1))
         size = int(round(neighbours * costs.tree_bytes(moving) / num_clients))
         return size, size
 
-    return Algorithm(init, one_round, predict, adapt, traffic)
+    return Algorithm(init, one_round, predict, adapt, traffic, num_clients)
 
 
 def _execution_of_copies(params: PyTree, execution: Execution | None) -> Execution:
@@ -342,12 +351,15 @@ def check_mixing_matrix(matrix: jax.Array) -> None:
     """Raises ValueError unless the matrix is square, not negative, and each of its rows sums to 1."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"the mixing matrix has shape {matrix.shape}; it must be [clients, clients]")
-    sums = jnp.sum(matrix, axis=1)
-    worst = int(jnp.argmax(jnp.abs(sums - 1)))
-    if abs(float(sums[worst]) - 1) > 1e-3:
+    if isinstance(matrix, jax.core.Tracer):
+        return  # a mapped hyper-parameter: its values are not known yet
+    matrix = np.asarray(matrix)
+    sums = matrix.sum(axis=1)
+    worst = int(np.argmax(np.abs(sums - 1)))
+    if abs(sums[worst] - 1) > 1e-3:
         raise ValueError(
-            f"row {worst} of the mixing matrix sums to {float(sums[worst]):.4f}, not 1; normalise it, "
+            f"row {worst} of the mixing matrix sums to {sums[worst]:.4f}, not 1; normalise it, "
             "e.g. with topology.metropolis_weights"
         )
-    if float(jnp.min(matrix)) < -1e-6:
-        raise ValueError(f"the mixing matrix has a negative entry ({float(jnp.min(matrix)):.3g})")
+    if matrix.min() < -1e-6:
+        raise ValueError(f"the mixing matrix has a negative entry ({matrix.min():.3g})")

@@ -189,7 +189,8 @@ def local_trainer(
         schedule: factor on the learning rate as a function of the round number.
         keep_optimizer: keep momenta and counters from round to round instead of starting afresh. Needs one phase.
         initial_loss: report the loss of the received model on all local data instead of the mean over the steps.
-        adaptation: fine-tuning of a newcomer (or, in FedAvg + tuning, of everybody before evaluation); None leaves the received model.
+        adaptation: fine-tuning of a newcomer (or, in FedAvg + tuning, of everybody before evaluation), of all leaves, without schedule,
+            phases or proximal term; None leaves the received model.
     """
     if keep_optimizer and phases is not None:
         raise ValueError("keep_optimizer works with a single phase; drop phases or keep_optimizer")

@@ -25,6 +25,12 @@ def evaluate_clients(
     measures = {"loss": task.loss, **task.metrics}
 
     def evaluate(state: PyTree, federation: Federation) -> dict[str, jax.Array]:
+        for leaf in jax.tree.leaves(state.clients)[:1]:
+            if leaf.shape[0] != federation.num_clients:
+                raise ValueError(
+                    f"the state has {leaf.shape[0]} clients but the federation to judge has {federation.num_clients}; "
+                    "adapt the state to its clients first"
+                )
         width = min(batch_size, federation.capacity)
 
         def one_client(shared, client_id, rows, size):

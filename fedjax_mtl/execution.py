@@ -49,6 +49,8 @@ def make_execution(mode: str, chunk: int | None = None, num_devices: int = 1) ->
         raise ValueError(f"execution mode 'chunk' needs a chunk of at least 1 client, got {chunk}")
     if mode != "chunk" and chunk is not None:
         raise ValueError(f"chunk={chunk} goes with mode 'chunk', not {mode!r}")
+    if num_devices < 1:
+        raise ValueError(f"num_devices is {num_devices}; give at least 1")
     if num_devices > len(jax.devices()):
         raise ValueError(
             f"{num_devices} devices asked for but there are {len(jax.devices())}; on a CPU set "
@@ -63,8 +65,8 @@ def make_execution(mode: str, chunk: int | None = None, num_devices: int = 1) ->
 def default_execution(params: PyTree, platform: str | None = None) -> Execution:
     """The strategy measured to be fastest for a model of this size on this platform.
 
-    On CPUs as many clients a chunk as keep parameters and gradients in about half of a core's cache; one at a
-    time for convolutional or larger models. On accelerators large chunks, so that launches are shared.
+    On CPUs as many clients a chunk as keep parameters and gradients in a part of a core's cache, one at a time for models that fill it alone.
+    Convolutional models should use ``models.PatchConv``: a stock convolution is slow in any chunk on a CPU. On accelerators large chunks, so that launches are shared.
 
     Args:
         params: the shared parameters (arrays or shapes), all components and decoders included.

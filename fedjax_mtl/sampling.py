@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_mtl.federation import NO_BUDGET, Cohort, Federation, Population
 
@@ -66,18 +67,21 @@ def weighted(cohort_size: int, probabilities: jax.Array, *, replace: bool = Fals
     """Clients drawn in proportion to ``probabilities`` ``[clients]``.
 
     Without replacement one after the other in proportion to what is left (Gumbel top-k). With replacement a client may fill
-    several slots; each then trains on its own key, and one of them keeps the client's state.
+    several slots; it makes the same update in each, which so counts as often as it was drawn.
 
     Raises:
         ValueError: (when traced) the federation has fewer clients and ``replace`` is False, or the number of probabilities differs.
     """
 
+    negative = bool(np.any(np.asarray(probabilities) < 0))
+    probabilities = jnp.asarray(probabilities)
+
     def sample(key, round_index, federation):
         del round_index
-        if probabilities.shape != (federation.num_clients,):
+        if probabilities.shape != (federation.num_clients,) or negative:
             raise ValueError(
                 f"probabilities has shape {probabilities.shape}; "
-                f"give one for each of the {federation.num_clients} clients"
+                f"give one for each of the {federation.num_clients} clients, none negative"
             )
         log_p = jnp.log(probabilities)
         if replace:
@@ -99,6 +103,8 @@ def available(cohort_size: int, trace: jax.Array) -> Sampler:
     Raises:
         ValueError: (when traced) the trace's clients are not the federation's, or there are fewer than ``cohort_size``.
     """
+
+    trace = jnp.asarray(trace, bool)
 
     def sample(key, round_index, federation):
         if trace.ndim != 2 or trace.shape[1] != federation.num_clients:

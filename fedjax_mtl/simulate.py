@@ -35,6 +35,8 @@ def root_keys(seeds: Sequence[int]) -> jax.Array:
     """One root key a seed, ``[seeds]``; everything a run draws comes from it."""
     if len(seeds) == 0:
         raise ValueError("seeds is empty; give at least one, e.g. seeds=(0,)")
+    if min(seeds) < 0:
+        raise ValueError(f"seed {min(seeds)} is negative; give 0 or more")
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds {tuple(seeds)} repeat; each seed is one run")
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
@@ -81,7 +83,7 @@ def simulate_blocks(
         evaluation_data: what ``evaluate`` reads, e.g. Splits. An argument, because arrays that a compiled function closes over are copied into it.
         eval_every: rounds in a block; default all of them.
         hyperparameters: arrays ``[settings, ...]``, of one length; ``algorithm(**setting)`` is traced once for all.
-        state, start_round: continue from here; by default from ``init``. No Block is yielded for the start.
+        state, start_round: continue from here (the state is copied); by default from ``init``. No Block is yielded for the start.
 
     Raises:
         ValueError: a count that makes no sense, or hyper-parameters of different lengths.
@@ -106,6 +108,12 @@ def simulate_blocks(
         return make(setting).init(jax.random.fold_in(key, _INIT))
 
     def one_round(setting, key, state, index, federation):
+        made_for = make(setting).num_clients
+        if made_for != federation.num_clients:
+            raise ValueError(
+                f"the algorithm was made for {made_for} clients but the federation has {federation.num_clients}; "
+                "pass num_clients=federation.num_clients"
+            )
         round_key = jax.random.fold_in(jax.random.fold_in(key, _ROUNDS), index)
         cohort_key, key = jax.random.split(round_key)
         return make(setting).round(state, sampler(cohort_key, index, federation), key)
@@ -137,6 +145,8 @@ def simulate_blocks(
     if state is None:
         state = init_all(settings, keys)
         yield Block(0, state, {}, evaluation_at(0, state))
+    else:
+        state = jax.tree.map(jnp.copy, state)  # blocks donate it
     done = start_round
     while done < num_rounds:
         # Blocks end at multiples of eval_every, wherever the run was taken up.

@@ -21,10 +21,10 @@ def complete(num_clients: int) -> nx.Graph:
 
 
 def ring(num_clients: int) -> nx.Graph:
-    """Each client talks to two neighbours."""
+    """Each client talks to two neighbours (of two clients or one, to whoever there is)."""
     import networkx as nx
 
-    return nx.cycle_graph(num_clients)
+    return nx.cycle_graph(num_clients) if num_clients > 2 else nx.path_graph(num_clients)
 
 
 def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx.Graph:
@@ -107,7 +107,10 @@ def fastest_mixing_weights(graph: nx.Graph, iterations: int = 300) -> np.ndarray
         u = vectors[:, which]
         # d lambda / d w_ij = -(u_i - u_j)^2, and the modulus has the eigenvalue's sign.
         subgradient = -np.sign(eigenvalues[which]) * (u[edges[:, 0]] - u[edges[:, 1]]) ** 2
-        values = values - subgradient / (k * np.linalg.norm(subgradient))
+        size = np.linalg.norm(subgradient)
+        if size == 0:
+            break  # mixes in one step already
+        values = values - subgradient / (k * size)
         for own in incident:
             values[own] = _project_vertex(values[own], 1.0)
         weights = _from_edges(values, edges, count)

@@ -171,13 +171,14 @@ def test_refusals():
         ValueError, match=r"component_scales has shape \(3,\); give one factor for each of the 2"
     ):
         algorithms.fedem_client(MODEL, TASK, 2, optax.sgd(0.1), PLAN, component_scales=jnp.ones(3))
-    cohort = sampling.make_cohort(small_federation(), jnp.array([0, 1]))
-    for name in ("clustered", "decentralized_fedem"):
-        from helpers import ALGORITHMS
+    with pytest.raises(ValueError, match="fedavg_tuned shares the whole model; drop personal"):
+        algorithms.fedavg_tuned(
+            MODEL, TASK, num_clients=6, plan=PLAN, optimizer=optax.sgd(0.1), personal=trees.everything
+        )
+    from helpers import ALGORITHMS
 
-        algorithm = ALGORITHMS[name]
-        with pytest.raises(ValueError, match="the cohort has 2; use full participation"):
-            algorithm.round(algorithm.init(KEY), cohort, KEY)
+    with pytest.raises(ValueError, match="seed -1 is negative"):
+        simulate(ALGORITHMS["fedavg"], small_federation(), num_rounds=1, seeds=(-1,))
     with pytest.raises(ValueError, match="seeds is empty"):
         simulate(ALGORITHMS["fedavg"], small_federation(), num_rounds=1, seeds=())
     with pytest.raises(ValueError, match=r"seeds \(1, 1\) repeat"):

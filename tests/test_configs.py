@@ -131,6 +131,34 @@ def test_bad_settings_of_algorithms(name, tmp_path):
         run.run(config, tmp_path / "run")
 
 
+def test_what_only_a_round_can_show_is_found_before_anything_is_written(tmp_path):
+    config = get("fedem_digits", cohort_size=3)
+    config.algorithm.name = "clustered"
+    with pytest.raises(ValueError, match="needs all 6 clients in every round, the cohort has 3"):
+        run.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_that_nobody_reads_are_refused(tmp_path):
+    config = get("fedem_digits")
+    with config.unlocked():
+        config.cohort_sizes = 3
+    with pytest.raises(ValueError, match="unknown field config.cohort_sizes; known: algorithm"):
+        run.run(config, tmp_path / "run")
+    config = get("fedem_digits")
+    with config.unlocked():
+        config.execution.chunks = 3
+    with pytest.raises(
+        ValueError, match="unknown field config.execution.chunks; known: chunk, mode, num_devices"
+    ):
+        run.run(config, tmp_path / "run")
+
+
+def test_pachinko_needs_coarse_labels(prepared, tmp_path):
+    with pytest.raises(ValueError, match="pachinko needs coarse labels, which cifar10 does not have"):
+        run.run(get("fedem_cifar10", **{"data.partition": "pachinko"}), tmp_path / "run")
+
+
 def test_unknown_and_missing_fields_are_named():
     def factory(alpha, beta=1):
         return alpha + beta

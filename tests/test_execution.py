@@ -64,6 +64,7 @@ def test_the_padding_of_a_chunk_cannot_spread_a_nan():
         (("chunk",), "needs a chunk of at least 1 client, got None"),
         (("chunk", 0), "got 0"),
         (("vmap", 5), "chunk=5 goes with mode 'chunk', not 'vmap'"),
+        (("vmap", None, 0), "num_devices is 0"),
         (("vmap", None, 99), "99 devices asked for but there are 4"),
     ],
 )

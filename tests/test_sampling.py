@@ -74,10 +74,14 @@ def test_a_heterogeneous_population():
     [
         (sampling.uniform(7), "cohort_size is 7 but the federation has 6 clients"),
         (sampling.uniform(0), "cohort_size is 0"),
-        (sampling.weighted(2, jnp.ones(5)), r"probabilities has shape \(5,\); give one for each of the 6"),
-        (sampling.weighted(7, jnp.ones(6)), "cohort_size is 7"),
         (
-            sampling.available(2, jnp.ones((3, 5), bool)),
+            sampling.weighted(2, jnp.ones(5)),
+            r"probabilities has shape \(5,\); give one for each of the 6 clients, none negative",
+        ),
+        (sampling.weighted(7, np.ones(6)), "cohort_size is 7"),
+        (sampling.weighted(2, -np.ones(6)), "none negative"),
+        (
+            sampling.available(2, np.ones((3, 5), bool)),
             r"availability trace has shape \(3, 5\); give \[rounds, 6\]",
         ),
     ],

@@ -55,3 +55,8 @@ def test_bad_graphs_and_matrices():
         check_mixing_matrix(jnp.array([[1.0, 0], [0.25, 0.25]]))
     with pytest.raises(ValueError, match="negative entry"):
         check_mixing_matrix(jnp.array([[1.5, -0.5], [-0.5, 1.5]]))
+
+
+def test_two_clients_and_one():
+    np.testing.assert_allclose(topology.fastest_mixing_weights(topology.complete(2)), np.full((2, 2), 0.5))
+    np.testing.assert_allclose(topology.metropolis_weights(topology.ring(1)), [[1.0]])

@@ -65,7 +65,7 @@ def apfl(
         raise ValueError(
             f"apfl has fidelity 'paper' only, got {fidelity!r}: FedEM's released code raises NotImplementedError for APFL"
         )
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it is a share, give 0..1")
     gradient = loss_gradient(example_losses(model, task))
 

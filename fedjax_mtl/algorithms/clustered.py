@@ -15,6 +15,7 @@ import optax
 from fedjax_mtl import costs, trees
 from fedjax_mtl.algorithm import (
     Algorithm,
+    check_full_participation,
     client_key,
     cohort_inputs,
     cohort_weights,
@@ -106,13 +107,15 @@ def split_clusters(
     updates: jax.Array,
     members: jax.Array,
     num_clusters: jax.Array,
+    present: jax.Array,
     mean_below: float,
     largest_above: float,
     fidelity: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Splits every cluster that satisfies the criterion; ``[C, P], [K, C], []`` to new ``members, num_clusters``.
 
-    Only the clusters there at the start of the round are looked at; new ones wait for updates of their own.
+    Only the clusters there at the start of the round are looked at, and only those whose members are all ``present`` (bool ``[C]``):
+    without its update nobody can be put on a side.
     """
     max_clusters = members.shape[0]
     distance = cosine_distances(updates)
@@ -123,7 +126,7 @@ def split_clusters(
         norms = split_norms(updates, own)
         largest = norms.largest_coordinate if fidelity == "released" else norms.largest_update
         split = (norms.mean_update < mean_below) & (largest > largest_above)
-        split &= (jnp.sum(own) > 2) & (count < max_clusters)
+        split &= (jnp.sum(own) > 2) & (count < max_clusters) & jnp.all(present | ~own)
         second = bipartition(distance, own & split)
         first = own & ~second
         if fidelity == "released":
@@ -138,13 +141,15 @@ def split_clusters(
 def cluster_mixing(members: jax.Array, sizes: jax.Array) -> jax.Array:
     """``[K, C], [C] -> [C, C]``: row c averages the models of c's cluster, weighted by examples.
 
-    A client of two clusters follows the later one, a client of none itself; with ``paper`` each is in one.
+    A client of two clusters follows the later one, a client of none itself; with ``paper`` each is in one. A cluster of which nobody is
+    present (all sizes 0) keeps its models.
     """
     count = members.shape[1]
     last = members.shape[0] - 1 - jnp.argmax(members[::-1], axis=0)
     weights = members[last] * sizes
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
-    return jnp.where(jnp.any(members, axis=0)[:, None], weights, jnp.eye(count))
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    in_cluster = jnp.any(members, axis=0)[:, None] & (total > 0)
+    return jnp.where(in_cluster, weights / jnp.maximum(total, 1), jnp.eye(count))
 
 
 def clustered(
@@ -198,11 +203,7 @@ def clustered(
         return default_execution(one) if execution is None else execution
 
     def one_round(state, cohort, key):
-        if cohort.client_ids.shape[0] != num_clients:
-            raise ValueError(
-                f"clustered FL compares the updates of all {num_clients} clients every round, the cohort has "
-                f"{cohort.client_ids.shape[0]}; use full participation"
-            )
+        check_full_participation(cohort, num_clients)
 
         def one_client(shared, own, params, own_state):
             examples, round_index, round_key = shared
@@ -222,6 +223,7 @@ def clustered(
             -trees.flat_clients(deltas),
             state.members,
             state.num_clusters,
+            cohort.present[place],
             mean_below,
             largest_above,
             fidelity,
@@ -263,4 +265,4 @@ def clustered(
         size = costs.tree_bytes(state.params) // num_clients
         return size, size
 
-    return Algorithm(init, one_round, predict, adapt, traffic)
+    return Algorithm(init, one_round, predict, adapt, traffic, num_clients)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedjax_mtl import batching
@@ -61,12 +62,13 @@ def agnostic(
         mixture_learning_rate: of the ascent; 0 keeps the mixture.
         batch_size: None takes all local data.
     """
-    mixture = jnp.asarray(mixture)
-    if mixture.shape != (num_clients,) or abs(float(jnp.sum(mixture)) - 1) > 1e-3:
-        raise ValueError(
-            f"mixture has shape {mixture.shape} and sum {float(jnp.sum(mixture)):.4f}; "
-            f"give {num_clients} shares that sum to 1"
-        )
+    if not isinstance(mixture, jax.core.Tracer):
+        shares = np.asarray(mixture)
+        if shares.shape != (num_clients,) or abs(shares.sum() - 1) > 1e-3:
+            raise ValueError(
+                f"mixture has shape {shares.shape} and sum {shares.sum():.4f}; "
+                f"give {num_clients} shares that sum to 1"
+            )
     return federated(
         model.init,
         gradient_client(model, task, batch_size),

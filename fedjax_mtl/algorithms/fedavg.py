@@ -72,12 +72,17 @@ def fedavg_tuned(
     """FedAvg + local tuning ("FedAvg+"): each client is judged after fine-tuning the global model on its own data.
 
     Args:
-        plan: local training. adaptation: the fine-tuning; default the same as one round of local training (FedEM's paper: one epoch).
-        settings: as for :func:`fedavg`.
+        plan: local training. adaptation: the fine-tuning; default ``plan`` (FedEM's paper: one epoch).
+        settings: as for :func:`fedavg`, except ``personal``: tuning starts from the global model, whose personal leaves nobody trains.
 
-    FedEM's released code keeps the optimiser of the fine-tuned copy from one evaluation to the next; here it starts afresh, because an
+    Tuning is plain local training of all leaves at the optimiser's own learning rate, without the rounds' schedule (as in the released code, whose copies count
+    their own epochs). FedEM's released code keeps the optimiser of the fine-tuned copy from one evaluation to the next; here it starts afresh, because an
     evaluation that changes later evaluations is no evaluation.
     """
+    if "personal" in settings:
+        raise ValueError(
+            "fedavg_tuned shares the whole model; drop personal, or use fedavg with personal leaves"
+        )
     algorithm = fedavg(model, task, plan=plan, adaptation=adaptation or plan, **settings)
     return algorithm._replace(tuned=True)
 

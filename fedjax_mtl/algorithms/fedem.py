@@ -220,7 +220,7 @@ def decentralized_fedem(
 
     Args:
         mixing_matrix: ``[clients, clients]``, doubly stochastic on the graph (:mod:`fedjax_mtl.topology`). The released code's matrix has a zero
-            diagonal (a client throws its own model away); ask ``topology`` for ``self_loops=False`` to get it.
+            diagonal (a client throws its own model away); ``topology.without_self_loops`` makes it so.
         fidelity: as for :func:`fedem`. Other arguments: see :func:`fedem_client`.
     """
     update = fedem_client(model, task, num_components, optimizer, plan, **_resolve_fidelity(fidelity, client))

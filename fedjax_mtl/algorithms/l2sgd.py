@@ -11,7 +11,7 @@ import optax
 
 from fedjax_mtl import batching
 from fedjax_mtl.algorithm import Algorithm, federated
-from fedjax_mtl.clients import ClientResult, ClientUpdate, Schedule, loss_gradient, train
+from fedjax_mtl.clients import ClientResult, ClientUpdate, Schedule, local_losses, loss_gradient, train
 from fedjax_mtl.execution import Execution
 from fedjax_mtl.models import Model
 from fedjax_mtl.server import step_from
@@ -30,6 +30,11 @@ def geometric(key: jax.Array, probability: float | jax.Array) -> jax.Array:
     """The number of tails before the first head of a coin that shows heads with this probability, int32 ``[]``."""
     u = jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny)
     return jnp.floor(jnp.log(u) / jnp.log1p(-probability)).astype(jnp.int32)
+
+
+def coin_key(round_key: jax.Array) -> jax.Array:
+    """The key of the round's common coin, which is no client's."""
+    return jax.random.fold_in(round_key, jnp.uint32(0xFFFFFFFF))
 
 
 def l2sgd(
@@ -65,7 +70,7 @@ def l2sgd(
     """
     if fidelity not in ("paper", "released"):
         raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
-    if not 0 < probability < 1:
+    if not isinstance(probability, jax.core.Tracer) and not 0 < probability < 1:
         raise ValueError(f"probability is {probability}; the coin needs 0 < p < 1")
     pull = learning_rate * (1 - probability) / probability * penalty
     if isinstance(pull, float) and pull > 1:
@@ -73,7 +78,8 @@ def l2sgd(
             f"the pull to the mean is {pull:.3g} > 1, which overshoots it; lower learning_rate or penalty, or raise probability"
         )
     pull = 0.0 if fidelity == "released" else pull
-    gradient = loss_gradient(example_losses(model, task))
+    losses = example_losses(model, task)
+    gradient = loss_gradient(losses)
     optimizer = optax.sgd(learning_rate)
 
     def pulled(own: PyTree, mean: PyTree) -> PyTree:
@@ -85,7 +91,7 @@ def l2sgd(
 
     def update(params, state, client, key):
         start = pulled(state.own, params)
-        plan = batching.steps(geometric(client.round_key, probability), batch_size)
+        plan = batching.steps(geometric(coin_key(client.round_key), probability), batch_size)
         trained = train(
             gradient,
             optimizer,
@@ -96,7 +102,13 @@ def l2sgd(
             key,
             step_scale=1.0 if schedule is None else schedule(client.round),
         )
-        metrics = {"loss": trained.loss, "num_steps": trained.num_steps}
+        # The coin can show heads at once; what is reported then is the loss there is.
+        loss = jax.lax.cond(
+            plan.num_steps > 0,
+            lambda: trained.loss,
+            lambda: jnp.sum(local_losses(losses, start, client, 256)) / jnp.maximum(client.size, 1),
+        )
+        metrics = {"loss": loss, "num_steps": trained.num_steps}
         kept = L2SGDClientState(trained.params)
         return ClientResult(optax.tree.sub(params, trained.params), kept, metrics)
 
@@ -114,4 +126,5 @@ def l2sgd(
         num_clients=num_clients,
         weighting="uniform",
         execution=execution,
+        full_participation=True,
     )

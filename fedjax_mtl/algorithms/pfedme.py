@@ -183,4 +183,5 @@ def pfedme(
         num_clients=num_clients,
         weighting=weighting,
         execution=execution,
+        full_participation=fidelity == "released",
     )

@@ -54,7 +54,7 @@ def synthetic_mixture(
         seed: of the legacy stream.
         fidelity: ``paper`` labels each of a client's samples by the component it was drawn from. ``released`` repeats a slip of the released
             generator, visible in the data it makes: every component writes its labels from the client's first row on instead of
-            after the component before, so that later components overwrite earlier ones and the remaining rows keep label 0 (64 % of all).
+            after the component before, so that later components overwrite earlier ones and the last rows keep label 0 (in the small set, 64 % of all labels are 0).
             Published figures come from such data. Inputs, sizes and mixtures are the same.
     """
     if fidelity not in ("paper", "released"):

@@ -120,6 +120,8 @@ _SETS: dict[str, _Set] = {
     ),
 }
 
+NUM_CLASSES: dict[str, int] = {name: spec.num_classes for name, spec in _SETS.items()}
+
 _FORMAT = "array_record"
 _VERSION = "1.0.0"
 _CHUNK = 4096  # examples read at a time, both ways

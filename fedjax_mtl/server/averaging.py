@@ -17,15 +17,17 @@ def average_clients() -> optax.GradientTransformationExtraArgs:
     """The weighted sum of the clients' pseudo-gradients, ``[clients, ...] -> [...]`` (FedAvg, arXiv 1602.05629, algorithm 1).
 
     The weights are the extra argument ``weights`` ``[clients]``, taken as they are (the algorithm's ``weighting`` decides what they are and
-    whether they sum to 1); without it, each client counts 1 / clients.
+    whether they sum to 1); without it, each client counts 1 / clients. With ``already_averaged`` the updates have no client axis any more, and pass.
     """
 
     def init(params):
         del params
         return AverageClientsState()
 
-    def update(updates, state, params=None, *, weights=None, **extra_args):
+    def update(updates, state, params=None, *, weights=None, already_averaged=False, **extra_args):
         del params, extra_args
+        if already_averaged:
+            return updates, state
         if weights is None:
             count = jax.tree.leaves(updates)[0].shape[0]
             weights = jnp.full((count,), 1.0 / count)
@@ -38,7 +40,7 @@ def only_averages(server_state: optax.OptState) -> bool:
     """Whether the server's first step is :func:`average_clients`, seen from its state.
 
     The state of an ``optax.chain`` is the tuple of its members' states, in order. If averaging comes first, the round may carry the weighted
-    sum from chunk to chunk and hand the server a cohort of one.
+    sum from chunk to chunk and hand the server the result.
     """
     while type(server_state) is tuple and server_state:
         server_state = server_state[0]

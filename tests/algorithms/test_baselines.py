@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fedjax_mtl import algorithms, batching, make_execution, make_federation, sampling, simulate, tasks
-from fedjax_mtl.algorithms.l2sgd import geometric
+from fedjax_mtl.algorithms.l2sgd import coin_key, geometric
 from fedjax_mtl.models import Model
 
 SIZES = (4, 7, 5)
@@ -188,7 +188,7 @@ def test_l2sgd(fidelity):
     theta = [START] * 3
     for index in range(ROUNDS):
         client_round_key, _ = jax.random.split(jax.random.key(index))
-        for _ in range(int(geometric(client_round_key, p))):
+        for _ in range(int(geometric(coin_key(client_round_key), p))):
             theta = [v - rate * grad(v, t) for t, v in enumerate(theta)]
         mean = np.mean(theta, axis=0)
         theta = [(1 - pull) * v + pull * mean for v in theta]

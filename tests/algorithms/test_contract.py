@@ -95,7 +95,8 @@ def test_finite_and_learning(name):
     assert np.mean(losses[-3:]) < np.mean(losses[:2])
 
 
-PARTIAL = [name for name in NAMES if name not in ("clustered", "decentralized_fedem")]
+WHOLE = ("clustered", "decentralized_fedem", "l2sgd", "pfedme_released")
+PARTIAL = [name for name in NAMES if name not in WHOLE]
 
 
 @pytest.mark.parametrize("name", PARTIAL)
@@ -110,7 +111,42 @@ def test_absent_clients_have_no_influence_and_keep_their_state(name):
     assert_trees_close(jax.tree.map(lambda x: x[jnp.array([1, 4])], holes[0].clients), untouched)
 
 
-@pytest.mark.parametrize("name", PARTIAL)
+@pytest.mark.parametrize("name", WHOLE)
+def test_those_that_need_everybody_say_so(name):
+    cohort = cohort_of(small_federation(), jnp.array([0, 2], jnp.int32))
+    with pytest.raises(
+        ValueError, match="needs all 6 clients in every round, the cohort has 2; use full participation"
+    ):
+        ALGORITHMS[name].round(ALGORITHMS[name].init(KEY), cohort, KEY)
+
+
+def test_absent_clients_are_not_split_away():
+    """A cluster is split only by updates of all its members; absent clients follow their cluster's model."""
+    present = jnp.array([True, False, True, True, False, True])
+    state, _ = two_rounds("clustered", cohort_of(small_federation(), present=present))
+    assert int(state.num_clusters) == 1
+    for leaf in jax.tree.leaves(state.params):
+        np.testing.assert_allclose(leaf, jnp.broadcast_to(leaf[:1], leaf.shape), rtol=1e-5, atol=1e-6)
+
+
+def test_an_algorithm_for_other_clients_is_refused():
+    few = make_algorithms(num_clients=4)["fedem"]
+    with pytest.raises(ValueError, match="made for 4 clients but the federation has 6"):
+        simulate(few, small_federation(), num_rounds=1)
+
+
+def test_judging_other_clients_is_refused():
+    from helpers import TASK
+
+    from fedjax_mtl import evaluate_clients
+
+    state = ALGORITHMS["local"].init(KEY)
+    judge = evaluate_clients(ALGORITHMS["local"], TASK, make_execution("vmap"))
+    with pytest.raises(ValueError, match="state has 6 clients but the federation to judge has 2; adapt"):
+        judge(state, small_federation().take(jnp.array([0, 1])))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "decentralized_fedem"])
 def test_a_round_that_nobody_attends_changes_no_model(name):
     federation = small_federation()
     nobody = cohort_of(federation, present=jnp.zeros(NUM_CLIENTS, bool))
@@ -190,6 +226,41 @@ def test_hyperparameters_are_mapped():
         assert_trees_close(ours, alone.state, rtol=1e-4, atol=1e-5)
 
 
+def mapped_factories():
+    """Factories of one hyper-parameter, among them those whose checks cannot see the value of a mapped one."""
+    import optax
+    from helpers import MODEL, PLAN, TASK, VMAP
+
+    from fedjax_mtl import algorithms, topology
+
+    around = {"model": MODEL, "task": TASK, "num_clients": NUM_CLIENTS, "execution": VMAP}
+    training = {**around, "plan": PLAN, "optimizer": optax.sgd(0.1)}
+    gossip = {k: v for k, v in training.items() if k not in ("num_clients", "optimizer")}
+    ring = jnp.asarray(topology.metropolis_weights(topology.ring(NUM_CLIENTS)))
+    mixture = np.full(NUM_CLIENTS, 1 / NUM_CLIENTS)
+    return {
+        "apfl": lambda x: algorithms.apfl(**training, alpha=x),
+        "l2sgd": lambda x: algorithms.l2sgd(**around, learning_rate=0.1, penalty=0.1, probability=x),
+        "agnostic": lambda x: algorithms.agnostic(**around, mixture=mixture, optimizer=optax.sgd(x)),
+        "decentralized_fedem": lambda x: algorithms.decentralized_fedem(
+            **gossip, optimizer=optax.sgd(x), mixing_matrix=ring, num_components=2
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["agnostic", "apfl", "decentralized_fedem", "l2sgd"])
+def test_mapped_hyperparameters_pass_the_checks(name):
+    run = simulate(
+        mapped_factories()[name],
+        small_federation(),
+        num_rounds=2,
+        hyperparameters={"x": jnp.array([0.2, 0.6])},
+    )
+    assert run.metrics["loss"].shape == (2, 1, 2)
+    assert np.isfinite(run.metrics["loss"]).all()
+    assert not np.allclose(run.metrics["loss"][0], run.metrics["loss"][1])
+
+
 def test_a_run_taken_up_again_is_the_same_to_the_bit():
     algorithm, federation = ALGORITHMS["fedem"], small_federation()
     whole = simulate(algorithm, federation, num_rounds=6, eval_every=2)
@@ -198,6 +269,7 @@ def test_a_run_taken_up_again_is_the_same_to_the_bit():
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(rest.state), strict=True):
         np.testing.assert_array_equal(a, b)
     assert rest.rounds == [6]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(half.state))  # not donated away
 
 
 def test_stragglers_make_fewer_steps():
