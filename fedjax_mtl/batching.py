@@ -127,15 +127,19 @@ def for_each_batch(
         if plan.shuffle and batch_size < capacity:
             order = epoch_order(jax.random.fold_in(order_key, done), client.size, capacity)
         order = jnp.pad(order, (0, slots - capacity))
+        rows = client.rows[order]
         until = jnp.minimum(done + steps_per_epoch, num_steps)
 
         def one(inner):
             index, carry = inner
             start = (index - done) * batch_size
-            positions = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+            own = jax.lax.dynamic_slice(rows, (start,), (batch_size,))
+            examples = jax.tree.map(lambda leaf: leaf[own], client.examples)
             mask = start + jnp.arange(batch_size) < client.size
-            weights = jnp.ones(batch_size) if example_weights is None else example_weights[positions]
-            batch = Batch(gather(client, positions), mask, weights)
+            weights = jnp.ones(batch_size)
+            if example_weights is not None:
+                weights = example_weights[jax.lax.dynamic_slice(order, (start,), (batch_size,))]
+            batch = Batch(examples, mask, weights)
             return index + 1, step(carry, batch, jax.random.fold_in(step_key, index))
 
         return jax.lax.while_loop(lambda inner: inner[0] < until, one, (done, carry))
