@@ -181,7 +181,7 @@ MINIBATCH = {
     "clustered_lr0.1": 0.005,
     "clusteredfixed_lr1.0": 0.02,
     "fedem_m2_lr1.0": 0.01,
-    "fedem_m3_lr1.0": 0.01,
+    "fedem_m3_lr1.0": 0.015,
     "fedem_m4_lr1.0": 0.02,
     "fedem_m3_lr1.0_sampling0.2": 0.04,  # the official seeds have a standard deviation of 0.017
 }
