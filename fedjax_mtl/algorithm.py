@@ -34,7 +34,7 @@ class Algorithm(NamedTuple):
             own personalised model.
         adapt: ``(state, newcomers: Federation, key) -> state``, a state whose clients are the newcomers.
         traffic: ``state -> (bytes up, bytes down)``, what one participating client sends and receives in a round.
-        num_clients: clients in the population the algorithm was made for.
+        num_clients: clients in the population the algorithm was made for; of a heterogeneous one, by group.
         tuned: clients are judged after ``adapt`` on their own training data, trained or not (FedAvg + tuning).
     """
 
@@ -43,7 +43,7 @@ class Algorithm(NamedTuple):
     predict: Callable[[PyTree, jax.Array, PyTree], PyTree]
     adapt: Callable[[PyTree, Federation, jax.Array], PyTree]
     traffic: Callable[[PyTree], tuple[int, int]]
-    num_clients: int
+    num_clients: int | dict[str, int]
     tuned: bool = False
 
 
@@ -66,6 +66,17 @@ def cohort_weights(weighting: Weighting, cohort: Cohort) -> jax.Array:
     raise ValueError(
         f"unknown weighting {weighting!r}; expected 'samples', 'uniform', 'population' or a function of the cohort"
     )
+
+
+def without_diverged(cohort: Cohort, finite: jax.Array) -> Cohort:
+    """The cohort in which clients whose update or loss is not finite count as absent; ``finite`` bool ``[cohort]``."""
+    present = cohort.present & finite
+    return cohort._replace(present=present, shares=jnp.where(present, cohort.shares, 0))
+
+
+def is_finite(tree: PyTree) -> jax.Array:
+    """Whether every entry of every leaf is a number, bool ``[]``."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 class CohortInputs(NamedTuple):
@@ -131,8 +142,11 @@ def federated(
 
         params <- optax.apply_updates(params, server.update(pseudo-gradients [cohort, ...], ...))
 
-    where the server sees by name ``weights``, ``losses``, ``client_ids``, ``present`` (``[cohort]`` each) and ``key``. A server that begins with
+    where the server sees by name ``weights``, ``losses``, ``client_ids``, ``present`` (``[cohort]`` each), ``reports`` (all metrics of the clients) and ``key``. A server that begins with
     ``average_clients()`` never holds the cohort's updates: they are summed as they come.
+
+    A client whose update or loss is not finite counts as absent in that round, for the server and in what it keeps; the metric ``diverged`` is the number of such clients. Weights
+    that sum to zero make no step.
 
     Args:
         init_params: ``key -> params``, e.g. a model's ``init``.
@@ -165,19 +179,26 @@ def federated(
             params, examples, round_index, round_key = shared
             me = view(examples, own, round_index, round_key)
             result = client.update(params, own_state, me, client_key(round_key, me.client_id))
+            finite = is_finite((result.pseudo_gradient, result.metrics["loss"])) | (me.size == 0)
             if fused:
-                term = optax.tree.scale(weight, result.pseudo_gradient)
-                return term, result._replace(pseudo_gradient=())
-            return (), result
+                term = jax.tree.map(lambda x: jnp.where(finite, weight * x, 0).astype(x.dtype), result.pseudo_gradient)
+                return term, (result._replace(pseudo_gradient=()), finite)
+            return (), (result, finite)
 
         client_round_key, server_key = jax.random.split(key)
-        total, results = sum_and_map_clients(one_client, how, cohort.federation.sizes)(
+        total, (results, finite) = sum_and_map_clients(one_client, how, cohort.federation.sizes)(
             (state.params, cohort.federation.examples, state.round, client_round_key),
             cohort_inputs(cohort),
             trees.take_clients(state.clients, cohort.client_ids),
             weights,
         )
-        updates = total if fused else results.pseudo_gradient
+        diverged = jnp.sum(cohort.present & ~finite)
+        summed = jnp.sum(jnp.where(finite, weights, 0))
+        cohort = without_diverged(cohort, finite)
+        weights = cohort_weights(weighting, cohort)
+        # 1 unless somebody diverged: the sum was taken with the weights of all.
+        rescale = jnp.where(summed > 0, jnp.sum(weights) / jnp.where(summed > 0, summed, 1), 0)
+        updates = optax.tree.scale(rescale, total) if fused else results.pseudo_gradient
         shared, kept = trees.partition(state.params, client.shared)
         steps, server_state = server.update(
             updates,
@@ -186,15 +207,17 @@ def federated(
             weights=weights,
             already_averaged=fused,
             losses=results.metrics["loss"],
+            reports=results.metrics,
             client_ids=cohort.client_ids,
             present=cohort.present,
             key=server_key,
         )
-        _check_step(steps, shared)
+        check_step(steps, shared)
         clients = trees.put_clients(state.clients, cohort.client_ids, results.state, cohort.present)
         params = trees.combine(optax.apply_updates(shared, steps), kept)
         state = FederatedState(state.round + 1, params, server_state, clients)
-        return state, mean_metrics(results.metrics, cohort_weights("samples", cohort))
+        metrics = mean_metrics(results.metrics, cohort_weights("samples", cohort))
+        return state, metrics | {"diverged": diverged.astype(jnp.float32)}
 
     def predict(state, client_ids, inputs):
         states = trees.take_clients(state.clients, client_ids)
@@ -221,7 +244,7 @@ def check_full_participation(cohort: Cohort, num_clients: int) -> None:
         )
 
 
-def _check_step(steps: PyTree, params: PyTree) -> None:
+def check_step(steps: PyTree, params: PyTree) -> None:
     for step, leaf in zip(jax.tree.leaves(steps), jax.tree.leaves(params), strict=True):
         if step.shape != leaf.shape:
             raise ValueError(

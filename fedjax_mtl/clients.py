@@ -51,12 +51,22 @@ def proximal(gradient: Gradient, strength: float | jax.Array, anchor: PyTree) ->
 
 
 class Trained(NamedTuple):
-    """What local training leaves: parameters, optimiser state, the mean loss over the steps, the number of steps."""
+    """What local training leaves.
+
+    Attributes:
+        params, optimizer: parameters and optimiser state after the last step.
+        loss: mean loss over the steps. first_loss: of the first step, before it changed anything; NaN without a step.
+        num_steps: steps made.
+        first_norm, mean_norm: l2 norm of the watched gradient leaves, at the first step and averaged over the steps; 0 if nothing is watched.
+    """
 
     params: PyTree
     optimizer: optax.OptState
     loss: jax.Array
+    first_loss: jax.Array
     num_steps: jax.Array
+    first_norm: jax.Array
+    mean_norm: jax.Array
 
 
 def train(
@@ -70,6 +80,7 @@ def train(
     *,
     example_weights: jax.Array | None = None,
     step_scale: jax.Array | float = 1.0,
+    watched: trees.PathPredicate = trees.nothing,
 ) -> Trained:
     """Local SGD, or any optax optimiser, over the client's batches.
 
@@ -82,18 +93,31 @@ def train(
         client, key: one client's view and key.
         example_weights: float ``[capacity]`` by position.
         step_scale: multiplies every optimiser update; the factor of a learning-rate schedule.
+        watched: path predicate of the leaves whose gradient norm is reported.
     """
 
+    def observe(loss, grads):
+        """What is summed over the steps, and kept of the first."""
+        return jnp.stack([loss, optax.tree.norm(trees.partition(grads, watched)[0])]).astype(loss.dtype)
+
+    watches = bool(jax.tree.leaves(trees.partition(params, watched)[0]))
+
     def step(carry, batch, step_key):
-        params, state, total = carry
+        params, state, total, first = carry
         loss, grads = gradient(params, batch, step_key)
+        seen = observe(loss, grads) if watches else loss
         updates, state = optimizer.update(grads, state, params)
         updates = jax.tree.map(lambda u: u * jnp.asarray(step_scale, u.dtype), updates)
-        return optax.apply_updates(params, updates), state, total + loss
+        first = jnp.where(jnp.isnan(first), seen, first)
+        return optax.apply_updates(params, updates), state, total + seen, first
 
-    carry = (params, optimizer_state, jnp.zeros(()))
-    (params, state, total), done = for_each_batch(step, carry, client, plan, key, example_weights)
-    return Trained(params, state, total / jnp.maximum(done, 1), done)
+    zero = jnp.zeros((2,) if watches else ())
+    carry = (params, optimizer_state, zero, jnp.full_like(zero, jnp.nan))
+    (params, state, total, first), done = for_each_batch(step, carry, client, plan, key, example_weights)
+    mean = total / jnp.maximum(done, 1)
+    if not watches:
+        return Trained(params, state, mean, first, done, jnp.zeros(()), jnp.zeros(()))
+    return Trained(params, state, mean[0], first[0], done, jnp.where(done > 0, first[1], 0), mean[1])
 
 
 def local_losses(
@@ -174,7 +198,8 @@ def local_trainer(
     proximal_strength: float | jax.Array = 0.0,
     schedule: Schedule | None = None,
     keep_optimizer: bool = False,
-    initial_loss: bool = False,
+    reported_loss: str = "mean",
+    watched: trees.PathPredicate = trees.nothing,
     adaptation: BatchPlan | None = None,
 ) -> ClientUpdate:
     """A client that trains on its own data: FedAvg's, FedProx's, FedPer's, FedRep's, or one that shares nothing.
@@ -188,12 +213,16 @@ def local_trainer(
         proximal_strength: FedProx's mu; the anchor is the start of the round.
         schedule: factor on the learning rate as a function of the round number.
         keep_optimizer: keep momenta and counters from round to round instead of starting afresh. Needs one phase.
-        initial_loss: report the loss of the received model on all local data instead of the mean over the steps.
+        reported_loss: ``mean`` over the last phase's steps; ``first``, of the last phase's first step; ``start``, of the round's first step; ``full``, of the
+            received model on all local data.
+        watched: path predicate of the leaves whose gradient norms in the last phase are reported as ``first_step_norm`` and ``mean_step_norm``.
         adaptation: fine-tuning of a newcomer (or, in FedAvg + tuning, of everybody before evaluation), of all leaves, without schedule,
             phases or proximal term; None leaves the received model.
     """
     if keep_optimizer and phases is not None:
         raise ValueError("keep_optimizer works with a single phase; drop phases or keep_optimizer")
+    if reported_loss not in ("mean", "first", "start", "full"):
+        raise ValueError(f"unknown reported_loss {reported_loss!r}; expected mean, first, start or full")
     losses = example_losses(model, task)
     gradient = loss_gradient(losses)
 
@@ -223,6 +252,7 @@ def local_trainer(
             client,
             key,
             step_scale=1.0 if schedule is None else schedule(client.round),
+            watched=watched,
         )
         return result._replace(params=trees.combine(result.params, frozen))
 
@@ -230,7 +260,7 @@ def local_trainer(
         start = trees.combine(state.personal, params)
         current, optimizer_state = start, state.optimizer
         metrics = {}
-        if initial_loss:
+        if reported_loss == "full":
             metrics["loss"] = jnp.sum(local_losses(losses, start, client, 256)) / jnp.maximum(client.size, 1)
         for index, (predicate, phase_plan) in enumerate(phases or ((trees.everything, plan),)):
             trained = train_phase(
@@ -242,9 +272,13 @@ def local_trainer(
                 phase_plan,
             )
             current = trained.params
+            if reported_loss == "start":
+                metrics.setdefault("loss", trained.first_loss)
         own, shared = split(current)
-        metrics.setdefault("loss", trained.loss)
+        metrics.setdefault("loss", trained.first_loss if reported_loss == "first" else trained.loss)
         metrics["num_steps"] = trained.num_steps
+        if jax.tree.leaves(trees.partition(start, watched)[0]):
+            metrics |= {"first_step_norm": trained.first_norm, "mean_step_norm": trained.mean_norm}
         kept = TrainerState(own, trained.optimizer if keep_optimizer else ())
         return ClientResult(optax.tree.sub(split(start)[1], shared), kept, metrics)
 

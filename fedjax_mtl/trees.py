@@ -89,3 +89,35 @@ def flat_clients(tree: PyTree) -> jax.Array:
     """Every client's leaves in one row, ``[clients, ...] -> [clients, parameters]``."""
     leaves = jax.tree.leaves(tree)
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+
+
+def mask_clients(tree: PyTree, present: jax.Array | None) -> PyTree:
+    """Zeroes the rows of absent clients, ``[clients, ...]``, whatever they hold; ``None`` means that all are present."""
+    if present is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.where(present.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0), tree)
+
+
+def scale_clients(factors: jax.Array, tree: PyTree) -> PyTree:
+    """``factors[c] * leaf[c]`` for every leaf, ``[clients], [clients, ...] -> [clients, ...]``."""
+    return jax.tree.map(lambda x: factors.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1)) * x, tree)
+
+
+def mix_clients(coefficients: jax.Array, tree: PyTree) -> PyTree:
+    """Linear combinations of the clients' rows, ``[rows, clients], [clients, ...] -> [rows, ...]``."""
+    return jax.tree.map(lambda leaf: jnp.tensordot(coefficients.astype(leaf.dtype), leaf, 1), tree)
+
+
+def inner_products(first: PyTree, second: PyTree) -> jax.Array:
+    """All inner products of the rows of two trees, over all leaves, ``[a, ...], [b, ...] -> [a, b]``; at least float32.
+
+    With the same tree twice it is the Gram matrix, in which projections and conflict-averse directions are computed without another pass over
+    the parameters.
+    """
+
+    def product(a, b):
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        a, b = (x.reshape(x.shape[0], -1).astype(dtype) for x in (a, b))
+        return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+    return sum(map(product, jax.tree.leaves(first), jax.tree.leaves(second)), jnp.zeros(()))

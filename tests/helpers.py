@@ -80,3 +80,9 @@ def assert_trees_close(ours, theirs, rtol=2e-5, atol=2e-6):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def apply_server(transformation, updates, **extra):
+    """The first update of a server transformation; ``updates`` ``[clients, ...]``."""
+    state = transformation.init(jax.tree.map(lambda x: x[0], updates))
+    return transformation.update(updates, state, **extra)[0]

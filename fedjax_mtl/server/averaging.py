@@ -24,13 +24,16 @@ def average_clients() -> optax.GradientTransformationExtraArgs:
         del params
         return AverageClientsState()
 
-    def update(updates, state, params=None, *, weights=None, already_averaged=False, **extra_args):
+    def update(
+        updates, state, params=None, *, weights=None, present=None, already_averaged=False, **extra_args
+    ):
         del params, extra_args
         if already_averaged:
             return updates, state
+        updates = trees.mask_clients(updates, present)
         if weights is None:
-            count = jax.tree.leaves(updates)[0].shape[0]
-            weights = jnp.full((count,), 1.0 / count)
+            there = jnp.ones(jax.tree.leaves(updates)[0].shape[0]) if present is None else present
+            weights = there / jnp.maximum(jnp.sum(there), 1)
         return trees.weighted_sum(weights, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,143 @@
+"""FedGradNorm's weights: golden values, the gradient they follow, limits, absent clients."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedjax_mtl import server, trees
+from fedjax_mtl.server.weighting import gradnorm_weights
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedgradnorm.json").read_text())
+SETTINGS = settings(deadline=None, max_examples=30)
+POSITIVE = hnp.arrays(np.float64, 5, elements=st.floats(0.01, 10))
+EVERYBODY = jnp.ones(5, bool)
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_golden(layers):
+    settings_ = GOLDEN["inputs"]["hparams"]
+    with jax.enable_x64(True):
+        state = None
+        for one in GOLDEN["rounds"]:
+            # The "all" reading starts from the weights of the "last" one in every round.
+            measured = trees.under("W2") if layers == "last" else trees.everything
+            transformation = server.normalize_gradients(
+                3,
+                learning_rate=settings_["lr_p"],
+                exponent=settings_["gamma"],
+                minimum=settings_["p_min"],
+                measured=measured,
+                initial_losses=jnp.asarray(one["F0"], jnp.float64),
+            )
+            gradients = {k: jnp.asarray([c[f"g_{k}"] for c in one["clients"]]) for k in ("W1", "W2")}
+            state = transformation.init(jax.tree.map(lambda x: x[0], gradients))
+            state = state._replace(weights=jnp.asarray(one["p_in"], jnp.float64))
+            scaled, state = transformation.update(
+                gradients, state, losses=jnp.asarray(one["F"]), client_ids=jnp.arange(3)
+            )
+            np.testing.assert_allclose(state.weights, one["server"][layers]["p_new"], rtol=1e-9)
+            if layers == "last":
+                np.testing.assert_allclose(scaled["W1"].mean(0), one["agg_g_W1"], rtol=1e-6, atol=1e-12)
+                np.testing.assert_allclose(scaled["W2"].mean(0), one["agg_g_W2"], rtol=1e-6, atol=1e-12)
+
+
+@SETTINGS
+@given(POSITIVE, POSITIVE, POSITIVE, st.floats(0, 2))
+def test_weights_follow_the_gradient_of_the_loss_and_keep_their_sum(weights, norms, rates, exponent):
+    with jax.enable_x64(True):
+        weights, norms, rates = map(jnp.asarray, (weights, norms, rates))
+
+        def loss(p):
+            weighted = p * norms
+            target = jax.lax.stop_gradient(jnp.mean(weighted) * (rates / jnp.mean(rates)) ** exponent)
+            return jnp.sum(jnp.abs(weighted - target))
+
+        raw = gradnorm_weights(
+            weights, norms, rates, EVERYBODY, learning_rate=1e-3, exponent=exponent, minimum=0.0, renormalise=False
+        )
+        expected = jnp.maximum(weights - 1e-3 * jax.grad(loss)(weights), 0)
+        near = jnp.abs(weights * norms - jnp.mean(weights * norms) * (rates / rates.mean()) ** exponent) > 1e-9
+        np.testing.assert_allclose(jnp.where(near, raw, 0), jnp.where(near, expected, 0), rtol=1e-9)
+        new = gradnorm_weights(weights, norms, rates, EVERYBODY, learning_rate=0.1, exponent=exponent)
+        np.testing.assert_allclose(jnp.sum(new), jnp.sum(weights), rtol=1e-9)
+        assert (new > 0).all()
+
+
+def test_limits():
+    one = jnp.ones(5)
+    norms = jnp.arange(1.0, 6)
+    still = gradnorm_weights(one, one, one, EVERYBODY, learning_rate=0.1, exponent=0.6)
+    np.testing.assert_allclose(still, one, rtol=1e-6)
+    frozen = gradnorm_weights(one, norms, norms, EVERYBODY, learning_rate=0.0, exponent=0.6)
+    np.testing.assert_allclose(frozen, one, rtol=1e-6)
+    moved = gradnorm_weights(one, norms, one, EVERYBODY, learning_rate=0.01, exponent=0.6)
+    assert moved[4] < 1 < moved[0]  # the largest norm loses, the smallest gains
+    alone = gradnorm_weights(jnp.ones(1), jnp.ones(1), jnp.ones(1), jnp.ones(1, bool), learning_rate=1.0, exponent=1.0)
+    np.testing.assert_allclose(alone, [1.0])
+
+
+def run(updates, losses, present, rounds=2, **settings_):
+    transformation = server.normalize_gradients(4, learning_rate=0.05, **settings_)
+    state = transformation.init(updates[0])
+    for _ in range(rounds):
+        scaled, state = transformation.update(
+            updates, state, losses=losses, client_ids=jnp.arange(4), present=present
+        )
+    return scaled, state
+
+
+def test_absent_and_diverged_clients_are_frozen():
+    updates = jnp.array([[1.0, 2.0], [3.0, 1.0], [0.5, 0.0], [2.0, 2.0]])
+    losses = jnp.array([1.0, 2.0, 3.0, 4.0])
+    present = jnp.array([True, True, False, True])
+    scaled, state = run(updates.at[2].set(jnp.nan), losses, present)
+    assert state.weights[2] == 1 and state.initial_losses[2] == 0
+    np.testing.assert_allclose(jnp.sum(state.weights), 4, rtol=1e-6)
+    diverged, same = run(updates, losses.at[2].set(jnp.nan), None)
+    np.testing.assert_allclose(same.weights, state.weights, rtol=1e-6)
+    np.testing.assert_allclose(diverged, scaled, rtol=1e-6)
+    assert not diverged[2].any()
+
+
+def test_zero_losses_and_gradients_stay_finite():
+    scaled, state = run(jnp.zeros((4, 2)), jnp.zeros(4), None)
+    assert not scaled.any()
+    np.testing.assert_allclose(state.weights, 1)
+    scaled, state = run(jnp.ones((4, 2)), jnp.array([0.0, 1, 1, 1]), None)
+    assert np.isfinite(state.weights).all() and np.isfinite(scaled).all()
+
+
+def test_weights_applied_by_clients_are_not_applied_again():
+    updates = jnp.array([[1.0, 2.0], [3.0, 1.0], [0.5, 0.0], [2.0, 2.0]])
+    losses = jnp.array([1.0, 2.0, 3.0, 4.0])
+    plain = server.normalize_gradients(4, learning_rate=0.05)
+    by_clients = server.normalize_gradients(4, learning_rate=0.05, already_weighted=True)
+    a, b = plain.init(updates[0]), by_clients.init(updates[0])
+    extra = {"losses": losses, "client_ids": jnp.arange(4)}
+    for _ in range(3):
+        ours, a_next = plain.update(updates, a, **extra)
+        theirs, b = by_clients.update(b.weights[:, None] * updates, b, **extra)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        np.testing.assert_allclose(a_next.weights, b.weights, rtol=1e-6)
+        a = a_next
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="measured selects no leaf"):
+        server.normalize_gradients(2, learning_rate=0.1, measured=trees.under("nowhere")).init({"w": jnp.ones(2)})
+    transformation = server.normalize_gradients(2, learning_rate=0.1, norms="first_step_norm")
+    with pytest.raises(ValueError, match="'first_step_norm' is no metric of the clients, who report loss"):
+        transformation.update(
+            jnp.ones((2, 2)),
+            transformation.init(jnp.ones(2)),
+            losses=jnp.ones(2),
+            client_ids=jnp.arange(2),
+            reports={"loss": jnp.ones(2)},
+        )
