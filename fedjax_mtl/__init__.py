@@ -3,8 +3,8 @@
 from fedjax_mtl import algorithms, batching, models, sampling, server, tasks, topology
 from fedjax_mtl.algorithm import Algorithm, decentralized, federated
 from fedjax_mtl.batching import Batch, BatchPlan
-from fedjax_mtl.clients import ClientResult, ClientUpdate, local_trainer, loss_gradient, proximal
-from fedjax_mtl.evaluation import evaluate_clients, summarise_clients
+from fedjax_mtl.clients import ClientResult, ClientUpdate, Phase, local_trainer, loss_gradient, proximal
+from fedjax_mtl.evaluation import evaluate_clients, evaluate_population, summarise_clients
 from fedjax_mtl.execution import Execution, default_execution, make_execution, map_clients
 from fedjax_mtl.federation import (
     ClientView,
@@ -15,6 +15,7 @@ from fedjax_mtl.federation import (
     make_federation,
 )
 from fedjax_mtl.models import Model
+from fedjax_mtl.population import Group, client_offsets, heterogeneous
 from fedjax_mtl.simulate import Block, Simulation, simulate, simulate_blocks
 from fedjax_mtl.tasks import Task
 
@@ -29,17 +30,22 @@ __all__ = [
     "Cohort",
     "Execution",
     "Federation",
+    "Group",
     "Model",
+    "Phase",
     "Population",
     "Simulation",
     "Splits",
     "Task",
     "algorithms",
     "batching",
+    "client_offsets",
     "decentralized",
     "default_execution",
     "evaluate_clients",
+    "evaluate_population",
     "federated",
+    "heterogeneous",
     "local_trainer",
     "loss_gradient",
     "make_execution",

@@ -181,7 +181,9 @@ def federated(
             result = client.update(params, own_state, me, client_key(round_key, me.client_id))
             finite = is_finite((result.pseudo_gradient, result.metrics["loss"])) | (me.size == 0)
             if fused:
-                term = jax.tree.map(lambda x: jnp.where(finite, weight * x, 0).astype(x.dtype), result.pseudo_gradient)
+                term = jax.tree.map(
+                    lambda x: jnp.where(finite, weight * x, 0).astype(x.dtype), result.pseudo_gradient
+                )
                 return term, (result._replace(pseudo_gradient=()), finite)
             return (), (result, finite)
 

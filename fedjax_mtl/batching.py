@@ -86,6 +86,17 @@ def gather(client: ClientView, positions: jax.Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[rows], client.examples)
 
 
+def draw_batch(client: ClientView, batch_size: int, key: jax.Array) -> Batch:
+    """One minibatch drawn uniformly without replacement, for algorithms whose clients go in lock step.
+
+    A client with fewer than ``batch_size`` examples gives all of them; the rest is padding.
+    """
+    capacity = client.rows.shape[0]
+    order = epoch_order(key, client.size, capacity)
+    positions = jnp.pad(order, (0, max(0, batch_size - capacity)))[:batch_size]
+    return Batch(gather(client, positions), jnp.arange(batch_size) < client.size, jnp.ones(batch_size))
+
+
 def for_each_batch(
     step: Callable[[PyTree, Batch, jax.Array], PyTree],
     carry: PyTree,

@@ -187,6 +187,14 @@ class TrainerState(NamedTuple):
     optimizer: Any
 
 
+class Phase(NamedTuple):
+    """A part of a round's local training: which leaves move, how far, and by which optimiser (None: the trainer's)."""
+
+    trained: trees.PathPredicate
+    plan: BatchPlan
+    optimizer: optax.GradientTransformation | None = None
+
+
 def local_trainer(
     model: Any,
     task: Task,
@@ -194,7 +202,7 @@ def local_trainer(
     plan: BatchPlan,
     *,
     personal: trees.PathPredicate = trees.nothing,
-    phases: Sequence[tuple[trees.PathPredicate, BatchPlan]] | None = None,
+    phases: Sequence[Phase] | None = None,
     proximal_strength: float | jax.Array = 0.0,
     schedule: Schedule | None = None,
     keep_optimizer: bool = False,
@@ -208,7 +216,7 @@ def local_trainer(
         model, task: what is trained, on ``examples["inputs"]`` and ``examples["labels"]``.
         optimizer: any optax optimiser. plan: how far a round goes.
         personal: path predicate of the leaves that stay on the client; the others are the pseudo-gradient.
-        phases: alternation, e.g. head then body: each phase trains only the leaves its predicate selects, by its own plan.
+        phases: alternation, e.g. head then body: each phase trains only the leaves its predicate selects, by its own plan and optimiser.
             Default: one phase, everything, ``plan``. Budgets apply to each phase.
         proximal_strength: FedProx's mu; the anchor is the start of the round.
         schedule: factor on the learning rate as a function of the round number.
@@ -233,8 +241,9 @@ def local_trainer(
         own, _ = split(params)
         return TrainerState(own, optimizer.init(params) if keep_optimizer else ())
 
-    def train_phase(params, state, client, key, predicate, phase_plan):
-        moving, frozen = trees.partition(params, predicate)
+    def train_phase(params, state, client, key, phase):
+        moving, frozen = trees.partition(params, phase.trained)
+        solver = phase.optimizer or optimizer
 
         def moving_gradient(leaves, batch, step_key):
             return loss_gradient(lambda p, e, k: losses(trees.combine(p, frozen), e, k))(
@@ -245,10 +254,10 @@ def local_trainer(
         uses_anchor = not isinstance(proximal_strength, (int, float)) or proximal_strength != 0
         result = train(
             pulled if uses_anchor else moving_gradient,
-            optimizer,
-            phase_plan,
+            solver,
+            phase.plan,
             moving,
-            state if keep_optimizer else optimizer.init(moving),
+            state if keep_optimizer else solver.init(moving),
             client,
             key,
             step_scale=1.0 if schedule is None else schedule(client.round),
@@ -262,15 +271,8 @@ def local_trainer(
         metrics = {}
         if reported_loss == "full":
             metrics["loss"] = jnp.sum(local_losses(losses, start, client, 256)) / jnp.maximum(client.size, 1)
-        for index, (predicate, phase_plan) in enumerate(phases or ((trees.everything, plan),)):
-            trained = train_phase(
-                current,
-                optimizer_state,
-                client,
-                jax.random.fold_in(key, index),
-                predicate,
-                phase_plan,
-            )
+        for index, phase in enumerate(phases or (Phase(trees.everything, plan),)):
+            trained = train_phase(current, optimizer_state, client, jax.random.fold_in(key, index), phase)
             current = trained.params
             if reported_loss == "start":
                 metrics.setdefault("loss", trained.first_loss)

@@ -13,6 +13,7 @@ import numpy as np
 from fedjax_mtl.federation import NO_BUDGET, Cohort, Federation, Population
 
 Sampler = Callable[[jax.Array, jax.Array, Federation], Cohort]
+PopulationSampler = Callable[[jax.Array, jax.Array, Population], dict[str, Cohort]]
 
 
 def make_cohort(federation: Federation, client_ids: jax.Array, present: jax.Array | None = None) -> Cohort:
@@ -43,6 +44,34 @@ def full_participation() -> Sampler:
     def sample(key, round_index, federation):
         del key, round_index
         return make_cohort(federation, jnp.arange(federation.num_clients, dtype=jnp.int32))
+
+    return sample
+
+
+def by_group(samplers: Sampler | dict[str, Sampler]) -> PopulationSampler:
+    """A cohort from every group of a heterogeneous population, each drawn on its own; shares are of the whole population's examples.
+
+    Args:
+        samplers: one for all groups, or one a group.
+
+    Raises:
+        ValueError: (when traced) a group without a sampler, or a sampler without a group.
+    """
+
+    def sample(key, round_index, population):
+        if isinstance(samplers, dict) and set(samplers) != set(population):
+            odd = sorted(set(samplers) ^ set(population))[0]
+            raise ValueError(
+                f"group {odd!r} has no {'sampler' if odd in population else 'federation'}; name the same groups in both"
+            )
+        total = sum(jnp.sum(federation.sizes) for federation in population.values())
+        cohorts = {}
+        for index, name in enumerate(sorted(population)):
+            sampler = samplers[name] if isinstance(samplers, dict) else samplers
+            cohort = sampler(jax.random.fold_in(key, index), round_index, population[name])
+            part = jnp.sum(population[name].sizes) / total
+            cohorts[name] = cohort._replace(shares=cohort.shares * part)
+        return cohorts
 
     return sample
 

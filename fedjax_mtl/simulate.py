@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_mtl.algorithm import Algorithm
-from fedjax_mtl.federation import Federation
-from fedjax_mtl.sampling import Sampler, full_participation
+from fedjax_mtl.federation import Federation, Population
+from fedjax_mtl.sampling import PopulationSampler, Sampler, by_group, full_participation
 
 PyTree = Any
 
@@ -42,6 +42,13 @@ def root_keys(seeds: Sequence[int]) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
+def num_clients(federation: Federation | Population) -> int | dict[str, int]:
+    """How many clients there are, by group if they come in groups."""
+    if isinstance(federation, dict):
+        return {name: group.num_clients for name, group in federation.items()}
+    return federation.num_clients
+
+
 # Streams of a run's root key.
 _INIT, _ROUNDS, _EVALUATION = 0, 1, 2
 
@@ -56,11 +63,11 @@ def _over_runs(fn: Callable, axes: tuple[int | None, ...], mapped_settings: bool
 
 def simulate_blocks(
     algorithm: Algorithm | Callable[..., Algorithm],
-    federation: Federation,
+    federation: Federation | Population,
     *,
     num_rounds: int,
     seeds: Sequence[int] = (0,),
-    sampler: Sampler | None = None,
+    sampler: Sampler | PopulationSampler | None = None,
     evaluate: Callable[[Algorithm, PyTree, PyTree, jax.Array], Any] | None = None,
     evaluation_data: PyTree = None,
     eval_every: int | None = None,
@@ -75,7 +82,7 @@ def simulate_blocks(
 
     Args:
         algorithm: an Algorithm, or with ``hyperparameters`` a function of them by name.
-        federation: the training clients.
+        federation: the training clients; for an algorithm of a heterogeneous population one Federation a group.
         num_rounds: rounds in all, those before ``start_round`` included.
         seeds: one run each.
         sampler: who takes part; default everybody.
@@ -96,7 +103,8 @@ def simulate_blocks(
     lengths = {name: len(values) for name, values in (hyperparameters or {}).items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"hyper-parameters are mapped together but have different lengths: {lengths}")
-    sampler = full_participation() if sampler is None else sampler
+    if sampler is None:
+        sampler = by_group(full_participation()) if isinstance(federation, dict) else full_participation()
     keys = root_keys(seeds)
     settings = {} if hyperparameters is None else hyperparameters
     mapped = hyperparameters is not None
@@ -109,9 +117,10 @@ def simulate_blocks(
 
     def one_round(setting, key, state, index, federation):
         made_for = make(setting).num_clients
-        if made_for != federation.num_clients:
+        there = num_clients(federation)
+        if made_for != there:
             raise ValueError(
-                f"the algorithm was made for {made_for} clients but the federation has {federation.num_clients}; "
+                f"the algorithm was made for {made_for} clients but the federation has {there}; "
                 "pass num_clients=federation.num_clients"
             )
         round_key = jax.random.fold_in(jax.random.fold_in(key, _ROUNDS), index)
@@ -174,7 +183,7 @@ class Simulation(NamedTuple):
 
 
 def simulate(
-    algorithm: Algorithm | Callable[..., Algorithm], federation: Federation, **arguments: Any
+    algorithm: Algorithm | Callable[..., Algorithm], federation: Federation | Population, **arguments: Any
 ) -> Simulation:
     """Runs :func:`simulate_blocks` to its end, with the same arguments, and collects what it yields."""
     state, metrics, rounds, evaluations = None, [], [], []

@@ -32,6 +32,11 @@ def under(*names: str) -> PathPredicate:
     return lambda path: bool(path) and path[0] in names
 
 
+def negate(predicate: PathPredicate) -> PathPredicate:
+    """Selects what ``predicate`` does not."""
+    return lambda path: not predicate(path)
+
+
 def _as_path(key_path: Sequence[Any]) -> Path:
     return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
 
@@ -53,6 +58,22 @@ def partition(tree: PyTree, predicate: PathPredicate) -> tuple[PyTree, PyTree]:
 def combine(first: PyTree, second: PyTree) -> PyTree:
     """The inverse of :func:`partition`: fills the ``None`` places of ``first`` from ``second``."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
+    """The leaves of nested dicts by path."""
+    return {_as_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def from_paths(leaves: dict[Path, Any]) -> PyTree:
+    """The inverse of :func:`leaves_by_path`: nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree
 
 
 def broadcast_clients(tree: PyTree, num_clients: int) -> PyTree:

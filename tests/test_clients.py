@@ -9,6 +9,7 @@ from helpers import MODEL, NUM_CLIENTS, PLAN, TASK, VMAP, assert_trees_close, sm
 
 from fedjax_mtl import algorithms, batching, clients, models, sampling, simulate, tasks, trees
 from fedjax_mtl.batching import Batch
+from fedjax_mtl.clients import Phase
 from fedjax_mtl.federation import NO_BUDGET, ClientView
 
 KEY = jax.random.key(0)
@@ -39,7 +40,7 @@ def test_alternation_trains_head_then_body():
         optax.sgd(0.1, momentum=0.9),
         batching.epochs(1, None),
         personal=head,
-        phases=((head, batching.steps(3, None)), (body, batching.steps(2, None))),
+        phases=(Phase(head, batching.steps(3, None)), Phase(body, batching.steps(2, None))),
     )
     result = jax.jit(update.update)(START, update.init(START), view(), KEY)
     a, b = (np.array(START[k]["w"]) for k in ("encoder", "decoder"))
@@ -165,7 +166,7 @@ def test_component_learning_rates():
 def test_refusals():
     with pytest.raises(ValueError, match="keep_optimizer works with a single phase"):
         clients.local_trainer(
-            MODEL, TASK, optax.sgd(0.1), PLAN, keep_optimizer=True, phases=((trees.everything, PLAN),)
+            MODEL, TASK, optax.sgd(0.1), PLAN, keep_optimizer=True, phases=(Phase(trees.everything, PLAN),)
         )
     with pytest.raises(
         ValueError, match=r"component_scales has shape \(3,\); give one factor for each of the 2"

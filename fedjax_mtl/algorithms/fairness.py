@@ -103,7 +103,9 @@ def q_ffl(
     """
     if fidelity not in ("paper", "released"):
         raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
-    client = local_trainer(model, task, optax.sgd(learning_rate), plan, schedule=schedule, reported_loss="full")
+    client = local_trainer(
+        model, task, optax.sgd(learning_rate), plan, schedule=schedule, reported_loss="full"
+    )
     step = optax.set_to_zero() if fidelity == "released" else optax.sgd(1.0)
     return federated(
         model.init,

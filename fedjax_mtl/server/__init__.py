@@ -8,6 +8,7 @@ from fedjax_mtl.server.privacy import private_average
 from fedjax_mtl.server.projection import conflict_averse, gp_aggregation, project_conflicts
 from fedjax_mtl.server.robust import coordinate_median, trimmed_mean
 from fedjax_mtl.server.weighting import normalize_gradients
+from fedjax_mtl.server.wireless import over_the_air_gradnorm
 
 __all__ = [
     "agnostic_average",
@@ -19,6 +20,7 @@ __all__ = [
     "decouple_updates",
     "gp_aggregation",
     "normalize_gradients",
+    "over_the_air_gradnorm",
     "private_average",
     "project_conflicts",
     "q_fair_average",

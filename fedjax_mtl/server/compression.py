@@ -74,7 +74,9 @@ def compress_clients(
         there = jnp.ones(client_ids.shape, bool) if present is None else present
         updates = trees.mask_clients(updates, there)
         if error_feedback:
-            updates = optax.tree.add(updates, trees.mask_clients(trees.take_clients(state.unsent, client_ids), there))
+            updates = optax.tree.add(
+                updates, trees.mask_clients(trees.take_clients(state.unsent, client_ids), there)
+            )
 
         def one(update, client_id):
             flat, unravel = jax.flatten_util.ravel_pytree(update)

@@ -32,7 +32,9 @@ def private_average(
         total, _ = optax.per_example_global_norm_clip(leaves, max_norm)
         noise = optax.tree.random_like(key, total, sampler=jax.random.normal)
         number = leaves[0].shape[0] if expected_clients is None else expected_clients
-        noisy = jax.tree.map(lambda t, z: (t + noise_multiplier * max_norm * z) / jnp.asarray(number, t.dtype), total, noise)
+        noisy = jax.tree.map(
+            lambda t, z: (t + noise_multiplier * max_norm * z) / jnp.asarray(number, t.dtype), total, noise
+        )
         return jax.tree.unflatten(structure, noisy), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

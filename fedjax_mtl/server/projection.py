@@ -24,9 +24,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
 
 
-def partner_orders(
-    order: str, count: int, client_ids: jax.Array | None, key: jax.Array | None
-) -> jax.Array:
+def partner_orders(order: str, count: int, client_ids: jax.Array | None, key: jax.Array | None) -> jax.Array:
     """In which order each client visits its partners, int32 ``[clients, clients]`` slots, itself included.
 
     ``index``: by ascending client number. ``random``: an order of its own for each client, drawn from the key and the two clients' numbers, so that
@@ -137,7 +135,12 @@ class GPAggregationState(NamedTuple):
 
 
 def attention_to_history(
-    kind: str, temperature: float, products: jax.Array, squared: jax.Array, history_squared: jax.Array, size: int
+    kind: str,
+    temperature: float,
+    products: jax.Array,
+    squared: jax.Array,
+    history_squared: jax.Array,
+    size: int,
 ) -> jax.Array:
     """Unnormalised attention scores of each update to the history, ``[clients]``; see :func:`gp_aggregation`."""
     if kind == "softmax_cosine":
@@ -229,7 +232,9 @@ def gp_aggregation(
         decay = jnp.where(state.started, history_decay, 0.0)
         anybody = jnp.any(there)
         history = jax.tree.map(
-            lambda h, r: jnp.where(anybody, (decay * h + (1 - decay) * r).astype(h.dtype), h), state.history, result
+            lambda h, r: jnp.where(anybody, (decay * h + (1 - decay) * r).astype(h.dtype), h),
+            state.history,
+            result,
         )
         return result, GPAggregationState(history, state.started | anybody, statistics)
 

@@ -59,7 +59,9 @@ def trimmed_mean(trim: float = 0.1) -> optax.GradientTransformationExtraArgs:
         def mean(leaf):
             ordered = _sorted_present(leaf, there)
             shown = inside.reshape((-1,) + (1,) * (leaf.ndim - 1))
-            return jnp.sum(jnp.where(shown, ordered, 0), axis=0) / jnp.maximum(number - 2 * cut, 1).astype(leaf.dtype)
+            return jnp.sum(jnp.where(shown, ordered, 0), axis=0) / jnp.maximum(number - 2 * cut, 1).astype(
+                leaf.dtype
+            )
 
         return jax.tree.map(mean, updates), state
 

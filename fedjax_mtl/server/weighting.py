@@ -91,9 +91,7 @@ def normalize_gradients(
         first = jnp.zeros(num_clients) if initial_losses is None else jnp.asarray(initial_losses)
         return NormalizeGradientsState(jnp.ones_like(first), first)
 
-    def update(
-        updates, state, params=None, *, losses, client_ids, present=None, reports=None, **extra_args
-    ):
+    def update(updates, state, params=None, *, losses, client_ids, present=None, reports=None, **extra_args):
         del params, extra_args
         there = jnp.ones(client_ids.shape, bool) if present is None else present
         updates = trees.mask_clients(updates, there)

@@ -1,18 +1,27 @@
 """Tasks: per-example losses and metrics of (outputs, labels)."""
 
-from fedjax_mtl.tasks.base import Task, example_losses
+from fedjax_mtl.tasks import dense
+from fedjax_mtl.tasks.base import PooledMetric, Task, example_losses, lower_is_better
 from fedjax_mtl.tasks.classification import (
     binary_classification,
     classification,
     sequence_classification,
 )
-from fedjax_mtl.tasks.regression import regression
+from fedjax_mtl.tasks.improvement import average_improvement
+from fedjax_mtl.tasks.joint import joint
+from fedjax_mtl.tasks.regression import mean_squared_error, regression
 
 __all__ = [
+    "PooledMetric",
     "Task",
+    "average_improvement",
     "binary_classification",
     "classification",
+    "dense",
     "example_losses",
+    "joint",
+    "lower_is_better",
+    "mean_squared_error",
     "regression",
     "sequence_classification",
 ]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.tasks.base import Task
+from fedjax_mtl.tasks.base import PooledMetric, Task
 
 
 def regression(name: str = "regression") -> Task:
@@ -22,3 +22,32 @@ def regression(name: str = "regression") -> Task:
         return jnp.tensordot(weights, outputs, 1)
 
     return Task(name, loss, {"squared_error": squared_error}, mix)
+
+
+def root_mean_square(squares, counts=None) -> PooledMetric:
+    """Pooled root of a mean: ``squares`` and ``counts`` are ``(outputs, labels) -> [batch]`` (counts default 1)."""
+
+    def statistics(outputs, labels):
+        total = squares(outputs, labels)
+        return {"sum": total, "count": jnp.ones_like(total) if counts is None else counts(outputs, labels)}
+
+    return PooledMetric(statistics, lambda t: jnp.sqrt(t["sum"] / jnp.maximum(t["count"], 1)))
+
+
+def mean_squared_error(name: str = "regression") -> Task:
+    """Mean squared error over the targets: outputs ``[batch, targets]``, labels ``{"target": [batch, targets], "variance": [batch]}``.
+
+    The variance is that of the client's test labels; ``normalised_error`` is the squared error divided by it, so that tasks of
+    different scale can be compared: 1 is what predicting the mean reaches.
+    """
+
+    def loss(outputs, labels):
+        return jnp.mean(jnp.square(outputs - labels["target"]), axis=-1)
+
+    def normalised_error(outputs, labels):
+        return loss(outputs, labels) / labels["variance"]
+
+    def mix(outputs, weights):
+        return jnp.tensordot(weights, outputs, 1)
+
+    return Task(name, loss, {"normalised_error": normalised_error, "rmse": root_mean_square(loss)}, mix)

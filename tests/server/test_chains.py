@@ -32,7 +32,11 @@ REDUCING = {
     "private": lambda: server.private_average(1.0, 0.1),
     "trimmed": lambda: server.trimmed_mean(0.25),
 }
-STEPS = {"sgd": lambda: optax.sgd(1.0), "adam": lambda: optax.adam(0.1), "momentum": lambda: optax.sgd(0.5, 0.9)}
+STEPS = {
+    "sgd": lambda: optax.sgd(1.0),
+    "adam": lambda: optax.adam(0.1),
+    "momentum": lambda: optax.sgd(0.5, 0.9),
+}
 
 
 @functools.cache

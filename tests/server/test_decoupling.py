@@ -84,7 +84,9 @@ def test_factors_are_ordered(updates):
 
 
 def test_exactly_as_many_under_ties():
-    ours = apply_server(server.decouple_updates(0.5), jnp.array([[1.0, -1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0.0]]))
+    ours = apply_server(
+        server.decouple_updates(0.5), jnp.array([[1.0, -1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0.0]])
+    )
     np.testing.assert_allclose(ours, [[2, -2, 2, 0, 0, 0], [0] * 6])
 
 
@@ -98,7 +100,9 @@ def test_disjoint_supports_move_by_the_full_update_of_each_client():
 
 def test_thresholds_layers_and_untouched_leaves():
     updates = {"a": jnp.array([[4.0, 1.0, 0.2]]), "b": jnp.array([[8.0, 0.1]])}
-    relative = apply_server(server.decouple_updates(select="relative", threshold=0.2, rescale="none"), updates)
+    relative = apply_server(
+        server.decouple_updates(select="relative", threshold=0.2, rescale="none"), updates
+    )
     np.testing.assert_allclose(relative["a"], [[4, 0, 0]])
     per_layer = server.decouple_updates(select="relative", threshold=0.2, scope="layer", rescale="none")
     np.testing.assert_allclose(apply_server(per_layer, updates)["a"], [[4, 1, 0]])

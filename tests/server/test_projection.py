@@ -83,7 +83,9 @@ def test_projection_is_equivariant(updates, order, visiting):
     with jax.enable_x64(True):
         project = server.project_conflicts(order=visiting)
         plain = apply_server(project, {"w": jnp.asarray(updates)}, key=key, client_ids=jnp.arange(4))
-        moved = apply_server(project, {"w": jnp.asarray(updates[order])}, key=key, client_ids=jnp.asarray(order))
+        moved = apply_server(
+            project, {"w": jnp.asarray(updates[order])}, key=key, client_ids=jnp.asarray(order)
+        )
         np.testing.assert_allclose(moved["w"], plain["w"][order], atol=1e-8)
 
 
@@ -141,7 +143,8 @@ def test_gp_aggregation_golden(name):
         rounds = [given_["round1_gradients"], given_["round2_gradients"]] if two else [given_["gradients"]]
         outcomes = [expected["round1"], expected["round2"]] if two else [expected]
         transformation = server.gp_aggregation(
-            attention=GP_KIND[given_.get("attention", "softmax_cos")], granularity=given_.get("granularity", "global")
+            attention=GP_KIND[given_.get("attention", "softmax_cos")],
+            granularity=given_.get("granularity", "global"),
         )
         state, size = None, None
         for gradients, outcome in zip(rounds, outcomes, strict=True):
@@ -157,9 +160,7 @@ def test_gp_aggregation_golden(name):
             counts = given_.get("num_samples")
             weights = None if counts is None else jnp.asarray(counts, jnp.float64) / sum(counts)
             result, state = transformation.update(updates, state, weights=weights)
-            np.testing.assert_allclose(
-                jnp.concatenate(result), outcome["aggregated"], rtol=1e-9, atol=1e-12
-            )
+            np.testing.assert_allclose(jnp.concatenate(result), outcome["aggregated"], rtol=1e-9, atol=1e-12)
 
 
 def test_attention_only_reweights_projected_updates():
@@ -208,7 +209,9 @@ def test_cagrad_golden(index):
         gram = deltas @ deltas.T
         count = deltas.shape[0]
         there = jnp.ones(count, bool)
-        weights, radius = conflict_averse_weights(gram, jnp.full(count, 1 / count), constants["alpha"], there, 400)
+        weights, radius = conflict_averse_weights(
+            gram, jnp.full(count, 1 / count), constants["alpha"], there, 400
+        )
         np.testing.assert_allclose(weights, expected["weights_optimum"], atol=case["tolerance"]["weights"])
         np.testing.assert_allclose(radius, expected["c"], rtol=1e-4)
         ours = apply_server(
@@ -245,7 +248,9 @@ def test_cagrad_against_scipy_and_limits():
         apply_server(server.conflict_averse(alpha=0.0), updates), updates.mean(0), rtol=1e-4, atol=1e-6
     )
     small = apply_server(server.conflict_averse(), 1e-6 * updates)
-    np.testing.assert_allclose(small * 1e6, apply_server(server.conflict_averse(), updates), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        small * 1e6, apply_server(server.conflict_averse(), updates), rtol=2e-3, atol=1e-4
+    )
 
 
 def test_cagrad_without_absent_clients():

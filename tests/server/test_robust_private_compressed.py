@@ -45,7 +45,9 @@ def test_private_average():
     clean = apply_server(server.private_average(1.0, 0.0), updates, key=KEY, present=present)
     np.testing.assert_allclose(clean["a"], (0.6 + 0.3) / 3, rtol=1e-6)
     half = server.private_average(1.0, 0.0, expected_clients=2)
-    np.testing.assert_allclose(apply_server(half, updates, key=KEY, present=present)["b"], (0.8 + 0.4) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        apply_server(half, updates, key=KEY, present=present)["b"], (0.8 + 0.4) / 2, rtol=1e-6
+    )
     # The noise of the sum has standard deviation noise_multiplier * max_norm.
     noisy = apply_server(server.private_average(0.5, 2.0), jnp.zeros((4, 20000)), key=KEY)
     np.testing.assert_allclose(np.std(4 * noisy), 1.0, rtol=0.03)

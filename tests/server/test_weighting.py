@@ -60,10 +60,19 @@ def test_weights_follow_the_gradient_of_the_loss_and_keep_their_sum(weights, nor
             return jnp.sum(jnp.abs(weighted - target))
 
         raw = gradnorm_weights(
-            weights, norms, rates, EVERYBODY, learning_rate=1e-3, exponent=exponent, minimum=0.0, renormalise=False
+            weights,
+            norms,
+            rates,
+            EVERYBODY,
+            learning_rate=1e-3,
+            exponent=exponent,
+            minimum=0.0,
+            renormalise=False,
         )
         expected = jnp.maximum(weights - 1e-3 * jax.grad(loss)(weights), 0)
-        near = jnp.abs(weights * norms - jnp.mean(weights * norms) * (rates / rates.mean()) ** exponent) > 1e-9
+        near = (
+            jnp.abs(weights * norms - jnp.mean(weights * norms) * (rates / rates.mean()) ** exponent) > 1e-9
+        )
         np.testing.assert_allclose(jnp.where(near, raw, 0), jnp.where(near, expected, 0), rtol=1e-9)
         new = gradnorm_weights(weights, norms, rates, EVERYBODY, learning_rate=0.1, exponent=exponent)
         np.testing.assert_allclose(jnp.sum(new), jnp.sum(weights), rtol=1e-9)
@@ -79,7 +88,9 @@ def test_limits():
     np.testing.assert_allclose(frozen, one, rtol=1e-6)
     moved = gradnorm_weights(one, norms, one, EVERYBODY, learning_rate=0.01, exponent=0.6)
     assert moved[4] < 1 < moved[0]  # the largest norm loses, the smallest gains
-    alone = gradnorm_weights(jnp.ones(1), jnp.ones(1), jnp.ones(1), jnp.ones(1, bool), learning_rate=1.0, exponent=1.0)
+    alone = gradnorm_weights(
+        jnp.ones(1), jnp.ones(1), jnp.ones(1), jnp.ones(1, bool), learning_rate=1.0, exponent=1.0
+    )
     np.testing.assert_allclose(alone, [1.0])
 
 
@@ -131,7 +142,9 @@ def test_weights_applied_by_clients_are_not_applied_again():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="measured selects no leaf"):
-        server.normalize_gradients(2, learning_rate=0.1, measured=trees.under("nowhere")).init({"w": jnp.ones(2)})
+        server.normalize_gradients(2, learning_rate=0.1, measured=trees.under("nowhere")).init(
+            {"w": jnp.ones(2)}
+        )
     transformation = server.normalize_gradients(2, learning_rate=0.1, norms="first_step_norm")
     with pytest.raises(ValueError, match="'first_step_norm' is no metric of the clients, who report loss"):
         transformation.update(

@@ -1,0 +1,311 @@
+"""The composition for heterogeneous populations: groups of clients with different tasks around one server.
+
+Every group has its own parameters beside those that all have; nobody holds or computes a decoder that it does not train. Updates of what all groups share meet in one server
+chain, updates of what only some own are combined among the owners.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_mtl import costs, trees
+from fedjax_mtl.algorithm import (
+    Algorithm,
+    Weighting,
+    adapt_clients,
+    check_step,
+    client_key,
+    cohort_inputs,
+    cohort_weights,
+    is_finite,
+    mean_metrics,
+    view,
+    without_diverged,
+)
+from fedjax_mtl.clients import ClientUpdate
+from fedjax_mtl.execution import Execution, default_execution, map_clients
+from fedjax_mtl.federation import Cohort
+from fedjax_mtl.server.averaging import step_from
+
+PyTree = Any
+Server = optax.GradientTransformation
+
+
+class Group(NamedTuple):
+    """Clients with the same task set.
+
+    Attributes:
+        init_params: ``key -> params``, nested dicts; entries of the same name and shape in several groups are the same parameters.
+        client: what one of them does.
+        num_clients: how many there are.
+    """
+
+    init_params: Callable[[jax.Array], PyTree]
+    client: ClientUpdate
+    num_clients: int
+
+
+class PopulationState(NamedTuple):
+    """The state of a :func:`heterogeneous` algorithm.
+
+    Attributes:
+        round: int32 ``[]``; rounds done.
+        params: all groups' parameters, merged; leaves that do not travel stay as initialised.
+        server: the state of the server's transformations, for what all groups share.
+        owners: those for what some groups own, by the owners' names joined by ``+``.
+        clients: what each client keeps, by group, leaves ``[clients of the group, ...]``.
+    """
+
+    round: jax.Array
+    params: PyTree
+    server: optax.OptState
+    owners: dict[str, optax.OptState]
+    clients: dict[str, PyTree]
+
+
+class _Layout(NamedTuple):
+    """Which leaves there are and who has them; a fact of the groups, not of a run."""
+
+    templates: dict[str, PyTree]
+    common: tuple[trees.Path, ...]
+    owned: dict[str, tuple[trees.Path, ...]]
+
+    def of_group(self, name: str, params: PyTree) -> PyTree:
+        """A group's parameters out of all."""
+        leaves = trees.leaves_by_path(params)
+        return trees.from_paths({path: leaves[path] for path in trees.leaves_by_path(self.templates[name])})
+
+
+def client_offsets(num_clients: dict[str, int]) -> dict[str, int]:
+    """The number of each group's first client in the whole population: groups follow each other by name."""
+    starts = np.cumsum([0] + [num_clients[name] for name in sorted(num_clients)])
+    return dict(zip(sorted(num_clients), starts[:-1].tolist(), strict=True))
+
+
+def _layout(groups: dict[str, Group]) -> _Layout:
+    templates = {name: jax.eval_shape(group.init_params, jax.random.key(0)) for name, group in groups.items()}
+    owners: dict[trees.Path, list[str]] = {}
+    shapes: dict[trees.Path, tuple[str, Any]] = {}
+    for name in sorted(groups):
+        for path, leaf in trees.leaves_by_path(templates[name]).items():
+            first, known = shapes.setdefault(path, (name, leaf))
+            if (known.shape, known.dtype) != (leaf.shape, leaf.dtype):
+                raise ValueError(
+                    f"{'/'.join(path)} is {known.shape} in group {first!r} but {leaf.shape} in group {name!r}; parameters of one "
+                    "name are shared, so give them one shape or different names"
+                )
+            if groups[name].client.shared(path):
+                owners.setdefault(path, []).append(name)
+    common = tuple(path for path, names in owners.items() if len(names) == len(groups))
+    owned: dict[str, tuple[trees.Path, ...]] = {}
+    for path, names in owners.items():
+        if len(names) < len(groups):
+            owned["+".join(names)] = (*owned.get("+".join(names), ()), path)
+    return _Layout(templates, common, owned)
+
+
+def _check_groups(groups: dict[str, Group]) -> None:
+    if not groups:
+        raise ValueError("a heterogeneous population needs at least one group; groups is empty")
+    for name, group in groups.items():
+        if group.num_clients < 1:
+            raise ValueError(
+                f"group {name!r} has {group.num_clients} clients; a task without clients cannot be learned, drop it"
+            )
+        if "+" in name:
+            raise ValueError(f"group name {name!r} contains '+', which joins the names of owners; rename it")
+
+
+def _pick(params: PyTree, paths: tuple[trees.Path, ...]) -> PyTree:
+    leaves = trees.leaves_by_path(params)
+    return trees.from_paths({path: leaves[path] for path in paths})
+
+
+def _put(params: PyTree, part: PyTree) -> PyTree:
+    return trees.from_paths(trees.leaves_by_path(params) | trees.leaves_by_path(part))
+
+
+def _join(parts: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def heterogeneous(
+    groups: dict[str, Group],
+    server: Server,
+    *,
+    owners_server: Server | None = None,
+    weighting: Weighting = "samples",
+    execution: Execution | None = None,
+) -> Algorithm:
+    """Clients with different tasks around one server.
+
+    Leaves that travel (``client.shared``) in every group go through ``server``, whose client axis runs over all groups' cohorts, groups in the
+    order of their names: its ``client_ids`` count through the whole population (:func:`client_offsets`), its ``weights`` sum to 1 over all. Leaves that
+    travel in some groups only (the decoder of a task with several groups or clients) go through an instance of ``owners_server`` among their owners, whose weights
+    sum to 1 among them. Leaves that do not travel stay with each client. The server's ``reports`` hold the metrics that all groups have.
+
+    Args:
+        groups: by name. ``round`` takes ``dict[str, Cohort]`` of the same names (``sampling.by_group``), ``predict`` dicts of client numbers and inputs of
+            any of them, ``adapt`` a population of any of them.
+        server: usually an ``optax.chain``, for what everybody shares.
+        owners_server: for what some own; default plain averaging.
+        weighting, execution: as for :func:`fedjax_mtl.algorithm.federated`; execution applies within each group, by default chosen for its model.
+
+    Raises:
+        ValueError: no group, an empty one, parameters of one name with different shapes.
+    """
+    _check_groups(groups)
+    names = sorted(groups)
+    layout = _layout(groups)
+    server = optax.with_extra_args_support(server)
+    owners_server = optax.with_extra_args_support(
+        step_from(optax.sgd(1.0)) if owners_server is None else owners_server
+    )
+    sizes = {name: groups[name].num_clients for name in names}
+    offsets = client_offsets(sizes)
+
+    def init(key):
+        params: PyTree = {}
+        clients = {}
+        for name in reversed(names):  # of parameters with one name, the first group's count
+            params = _put(params, groups[name].init_params(key))
+        for name in names:
+            own = groups[name].client.init(layout.of_group(name, params))
+            clients[name] = trees.broadcast_clients(own, sizes[name])
+        owners = {who: owners_server.init(_pick(params, paths)) for who, paths in layout.owned.items()}
+        start = server.init(_pick(params, layout.common)) if layout.common else ()
+        return PopulationState(jnp.zeros((), jnp.int32), params, start, owners, clients)
+
+    def train_group(name, state, cohort, key):
+        """One group's updates, and its cohort without those that diverged."""
+        client = groups[name].client
+        params = layout.of_group(name, state.params)
+        how = default_execution(params) if execution is None else execution
+
+        def one_client(shared, own, own_state):
+            params, examples, round_index, round_key = shared
+            me = view(examples, own, round_index, round_key)
+            result = client.update(params, own_state, me, client_key(round_key, me.client_id))
+            finite = is_finite((result.pseudo_gradient, result.metrics["loss"])) | (me.size == 0)
+            return result, finite
+
+        results, finite = map_clients(one_client, how, cohort.federation.sizes)(
+            (params, cohort.federation.examples, state.round, key),
+            cohort_inputs(cohort),
+            trees.take_clients(state.clients[name], cohort.client_ids),
+        )
+        diverged = jnp.sum(cohort.present & ~finite)
+        return results, without_diverged(cohort, finite), diverged
+
+    def one_round(state, cohorts, key):
+        if set(cohorts) != set(names):
+            raise ValueError(
+                f"the cohorts are of groups {sorted(cohorts)}, the algorithm is for {names}; use sampling.by_group"
+            )
+        train_key, server_key = jax.random.split(key)
+        results, present, lost = {}, {}, {}
+        for index, name in enumerate(names):
+            own_key = jax.random.fold_in(train_key, index)
+            results[name], present[name], lost[name] = train_group(name, state, cohorts[name], own_key)
+        weights = _population_weights(weighting, present)
+        reported = set.intersection(*(set(results[name].metrics) for name in names))
+
+        def facts(members):
+            joined = jnp.concatenate([weights[name] for name in members])
+            return {
+                "weights": joined / jnp.maximum(jnp.sum(joined), 1e-30)
+                if len(members) < len(names)
+                else joined,
+                "losses": jnp.concatenate([results[name].metrics["loss"] for name in members]),
+                "reports": {
+                    what: jnp.concatenate([results[name].metrics[what] for name in members])
+                    for what in reported
+                },
+                "client_ids": jnp.concatenate([offsets[n] + present[n].client_ids for n in members]),
+                "present": jnp.concatenate([present[name].present for name in members]),
+                "key": server_key,
+            }
+
+        def step(transformation, transformation_state, paths, members):
+            part = _pick(state.params, paths)
+            updates = _join([_pick(results[name].pseudo_gradient, paths) for name in members])
+            steps, new = transformation.update(updates, transformation_state, part, **facts(members))
+            check_step(steps, part)
+            return optax.apply_updates(part, steps), new
+
+        params, server_state, owners = state.params, state.server, {}
+        if layout.common:
+            moved, server_state = step(server, state.server, layout.common, names)
+            params = _put(params, moved)
+        for who, paths in layout.owned.items():
+            moved, owners[who] = step(owners_server, state.owners[who], paths, who.split("+"))
+            params = _put(params, moved)
+        clients = {
+            name: trees.put_clients(state.clients[name], c.client_ids, results[name].state, c.present)
+            for name, c in present.items()
+        }
+        state = PopulationState(state.round + 1, params, server_state, owners, clients)
+        return state, _metrics({name: results[name].metrics for name in names}, present, lost, reported)
+
+    def predict(state, client_ids, inputs):
+        outputs = {}
+        for name, ids in client_ids.items():
+            params = layout.of_group(name, state.params)
+            own = trees.take_clients(state.clients[name], ids)
+            outputs[name] = jax.vmap(groups[name].client.predict, (None, 0, 0))(params, own, inputs[name])
+        return outputs
+
+    def adapt(state, newcomers, key):
+        clients = dict(state.clients)
+        for index, name in enumerate(names):
+            if name in newcomers:
+                params = layout.of_group(name, state.params)
+                how = default_execution(params) if execution is None else execution
+                own_key = jax.random.fold_in(key, index)
+                clients[name] = adapt_clients(
+                    groups[name].client, how, params, state.round, newcomers[name], own_key
+                )
+        return state._replace(clients=clients)
+
+    def traffic(state):
+        """The mean over clients: what a group's clients send is the leaves that travel in it."""
+        total = 0
+        for name in names:
+            moving = trees.partition(layout.of_group(name, state.params), groups[name].client.shared)[0]
+            total += sizes[name] * costs.tree_bytes(moving)
+        size = int(round(total / sum(sizes.values())))
+        return size, size
+
+    return Algorithm(init, one_round, predict, adapt, traffic, sizes)
+
+
+def _population_weights(weighting: Weighting, cohorts: dict[str, Cohort]) -> dict[str, jax.Array]:
+    """:func:`cohort_weights` over all groups together, split by group."""
+    together = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *[(c.present, c.shares) for _, c in sorted(cohorts.items())]
+    )
+    if callable(weighting):
+        return {name: cohort_weights(weighting, cohort) for name, cohort in cohorts.items()}
+    anyone = next(iter(cohorts.values()))
+    joined = cohort_weights(weighting, anyone._replace(present=together[0], shares=together[1]))
+    ends = np.cumsum([cohorts[name].present.shape[0] for name in sorted(cohorts)])[:-1]
+    return dict(zip(sorted(cohorts), jnp.split(joined, ends), strict=True))
+
+
+def _metrics(metrics, cohorts, diverged, reported):
+    """Means over all clients of what all groups report, and each group's own as ``<metric>/<group>``."""
+    named = {}
+    joined = {}
+    weights = _population_weights("samples", cohorts)
+    for name in sorted(cohorts):
+        own = mean_metrics(metrics[name], weights[name])
+        named |= {f"{what}/{name}": value for what, value in own.items()}
+        for what in reported:
+            joined.setdefault(what, []).append(metrics[name][what])
+    everybody = jnp.concatenate([weights[name] for name in sorted(cohorts)])
+    overall = mean_metrics({what: jnp.concatenate(values) for what, values in joined.items()}, everybody)
+    return overall | named | {"diverged": sum(diverged.values()).astype(jnp.float32)}

@@ -1,0 +1,352 @@
+"""FedBone: golden step, message passing against end-to-end gradients, schedules, synchronisation, limits."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_trees_close
+
+from fedjax_mtl import algorithms, costs, make_federation, models, sampling, server, simulate, split, tasks
+from fedjax_mtl.batching import Batch
+from fedjax_mtl.models.split_parts import deformable_convolution
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedbone.json").read_text())
+KEY = jax.random.key(0)
+SQUARED = tasks.Task("squared", lambda o, y: jnp.square(o - y), {}, None)
+
+LINEAR = split.Part(lambda key, x: {"P": jax.random.normal(key, (3, 2))}, lambda p, x: x @ p["P"])
+TANH = split.Part(
+    lambda key, e: {"A": jax.random.normal(key, (2, 3)), "b": jnp.zeros(3)},
+    lambda p, e: jnp.tanh(e @ p["A"] + p["b"]),
+)
+
+
+def readout(width=2):
+    def init(key, features):
+        first, second = jax.random.split(key)
+        return {"U": jax.random.normal(first, (3, width)), "w": jax.random.normal(second, (width,))}
+
+    return split.Part(init, lambda p, f: jnp.mean(f @ p["U"], axis=1) @ p["w"])
+
+
+def make(num_clients=3, groups=None, **changes):
+    settings = {
+        "num_steps": 1,
+        "batch_size": 2,
+        "client_optimizer": optax.sgd(0.1),
+        "server": optax.chain(server.gp_aggregation(), optax.sgd(0.5)),
+    }
+    groups = groups or {"a": algorithms.SplitGroup(readout(), SQUARED, num_clients)}
+    return algorithms.fedbone(LINEAR, TANH, groups, jnp.zeros((1, 2, 3)), **{**settings, **changes})
+
+
+def random_population(counts, seed=0, size=4):
+    rng = np.random.default_rng(seed)
+    population = {}
+    for name, count in counts.items():
+        examples = {
+            "inputs": rng.normal(size=(count * size, 2, 3)).astype(np.float32),
+            "labels": rng.normal(size=count * size).astype(np.float32),
+        }
+        population[name] = make_federation(examples, list(np.arange(count * size).reshape(count, size)))
+    return population
+
+
+def cohorts_of(population, key=KEY):
+    return sampling.by_group(sampling.full_participation())(key, 0, population)
+
+
+def test_golden_step():
+    given, expected = GOLDEN["split_step"]["input"], GOLDEN["split_step"]["expected"]
+    clients = given["clients"]
+    with jax.enable_x64(True):
+        stack = lambda name: jnp.asarray([c[name] for c in clients], jnp.float64)  # noqa: E731
+        examples = {
+            "inputs": np.concatenate([c["X"] for c in clients]),
+            "labels": np.concatenate([c["t"] for c in clients]),
+        }
+        population = {"a": make_federation(examples, list(np.arange(6).reshape(3, 2)))}
+        cohorts = cohorts_of(population)
+        counts = np.array(given["num_samples"], float)
+        cohorts["a"] = cohorts["a"]._replace(shares=jnp.asarray(counts / counts.sum()))
+        algorithm = make(
+            client_optimizer=optax.sgd(given["eta_client"]),
+            server=optax.chain(server.gp_aggregation(), optax.sgd(given["eta_server"])),
+        )
+        state = algorithm.init(KEY)
+        trunk = {"A": jnp.asarray(given["A"], jnp.float64), "b": jnp.asarray(given["b"], jnp.float64)}
+        history = jnp.asarray(given["history"], jnp.float64)
+        history = {"A": history[:6].reshape(2, 3), "b": history[6:]}
+        gp = state.server[0]._replace(history=history, started=jnp.array(True))
+        own = state.clients["a"]._replace(lower={"P": stack("P")}, upper={"U": stack("U"), "w": stack("w")})
+        state = state._replace(params=trunk, server=(gp, *state.server[1:]), clients={"a": own})
+
+        batch = Batch(
+            {"inputs": jnp.asarray(clients[0]["X"]), "labels": jnp.asarray(clients[0]["t"])},
+            jnp.ones(2, bool),
+            jnp.ones(2),
+        )
+        one = split.split_step(
+            LINEAR,
+            TANH,
+            readout(),
+            SQUARED,
+            {"P": own.lower["P"][0]},
+            trunk,
+            {"U": own.upper["U"][0], "w": own.upper["w"][0]},
+            batch,
+        )
+        want = expected["clients"][0]
+        for ours, theirs in (
+            (one.messages.embeddings, "E"),
+            (one.messages.features, "F"),
+            (one.messages.feature_gradients, "dF"),
+            (one.messages.embedding_gradients, "dE"),
+            (one.trunk["A"], "dA"),
+            (one.trunk["b"], "db"),
+            (one.lower["P"], "dP"),
+            (one.upper["U"], "dU"),
+            (one.upper["w"], "dw"),
+            (one.loss, "loss"),
+        ):
+            np.testing.assert_allclose(ours, want[theirs], rtol=1e-9, atol=1e-12)
+
+        new, metrics = algorithm.round(state, cohorts, KEY)
+        np.testing.assert_allclose(new.params["A"], expected["A_after"], rtol=1e-9)
+        np.testing.assert_allclose(new.params["b"], expected["b_after"], rtol=1e-9)
+        for name in ("U", "w"):
+            after = [c[f"{name}_after_sgd"] for c in expected["clients"]]
+            np.testing.assert_allclose(new.clients["a"].upper[name], after, rtol=1e-9)
+        for lower in new.clients["a"].lower["P"]:
+            np.testing.assert_allclose(lower, expected["embedding_after_fedavg"], rtol=1e-9)
+        moved = np.concatenate([np.ravel(new.server[0].history["A"]), new.server[0].history["b"]])
+        np.testing.assert_allclose(moved, expected["new_history"], rtol=1e-9)
+        np.testing.assert_allclose(
+            metrics["loss"], np.mean([c["loss"] for c in expected["clients"]]), rtol=1e-9
+        )
+        per_step = expected["traffic_per_client_per_step"]
+        assert (
+            algorithm.traffic(state)[0] == 8 * 6 + 4 * per_step["up_floats"]
+        )  # float64 embedding, 4-byte messages
+
+
+def test_messages_equal_end_to_end_gradients():
+    """For a real model: patch embedding, hierarchical trunk, adaptation with deformable convolution and attention."""
+    lower, trunk = models.patch_embedding(4, 8), models.conv_trunk((8, 16))
+    upper = models.task_adaptation(8, 1, (16, 16), heads=2, head_width=8)
+    images = jax.random.normal(KEY, (2, 16, 16, 3))
+    params = split.init_parts(lower, trunk, upper, images, tuple(jax.random.split(KEY, 3)))
+    # Off zero, so that the sampling places move.
+    params["upper"] = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), params["upper"])
+    batch = Batch(
+        {"inputs": images, "labels": jnp.ones((2, 16, 16, 1))}, jnp.array([True, False]), jnp.ones(2)
+    )
+    task = tasks.dense.depth()
+    whole = split.composed(lower, trunk, upper)
+
+    def loss(p):
+        return task.loss(whole(p, images), batch.examples["labels"])[0]
+
+    expected_loss, expected = jax.jit(jax.value_and_grad(loss))(params)
+    ours = jax.jit(
+        lambda p: split.split_step(lower, trunk, upper, task, p["lower"], p["trunk"], p["upper"], batch)
+    )(params)
+    np.testing.assert_allclose(ours.loss, expected_loss, rtol=1e-5)
+    for name in ("lower", "trunk", "upper"):
+        assert_trees_close(getattr(ours, name), expected[name], rtol=1e-3, atol=1e-6)
+    rounded = split.split_step(
+        lower, trunk, upper, task, params["lower"], params["trunk"], params["upper"], batch, jnp.bfloat16
+    )
+    np.testing.assert_allclose(rounded.loss, expected_loss, rtol=0.05)
+    sent = rounded.messages.embeddings
+    np.testing.assert_array_equal(sent, sent.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_one_client_is_centralised_training():
+    population = random_population({"a": 1}, size=2)
+    algorithm = make(1, num_steps=3)
+    state = algorithm.init(KEY)
+    own = jax.tree.map(lambda x: x[0], state.clients["a"])
+    params = {"lower": own.lower, "trunk": state.params, "upper": own.upper}
+    whole = split.composed(LINEAR, TANH, readout())
+    data = population["a"].examples
+    gradient = jax.grad(lambda p: jnp.mean(jnp.square(whole(p, data["inputs"]) - data["labels"])))
+    for _ in range(3):
+        moved = gradient(params)
+        rates = {"lower": 0.1, "trunk": 0.5, "upper": 0.1}
+        params = {n: optax.tree.sub(params[n], optax.tree.scale(rates[n], moved[n])) for n in params}
+    new, _ = algorithm.round(state, cohorts_of(population), KEY)
+    assert_trees_close(new.params, params["trunk"])
+    assert_trees_close(jax.tree.map(lambda x: x[0], new.clients["a"].upper), params["upper"])
+
+
+def test_without_projection_and_attention_it_is_data_parallel():
+    """The plain mean of GPAggregation's parts, and of groups one after the other."""
+    counts = {"a": 2, "b": 1}
+    population = random_population(counts, size=2)
+    groups = {name: algorithms.SplitGroup(readout(), SQUARED, n) for name, n in counts.items()}
+    plain = make(
+        groups=groups,
+        server=optax.chain(server.gp_aggregation(attention="none", project=False), optax.sgd(0.5)),
+    )
+    mean = make(groups=groups, server=server.step_from(optax.sgd(0.5)))
+    state, other = plain.init(KEY), mean.init(KEY)
+    new, metrics = plain.round(state, cohorts_of(population), KEY)
+    same, _ = mean.round(other, cohorts_of(population), KEY)
+    assert_trees_close(new.params, same.params)
+    total = optax.tree.zeros_like(state.params)
+    for name in counts:
+        own = state.clients[name]
+        for client in range(counts[name]):
+            rows = population[name].indices[client]
+            batch = Batch(
+                jax.tree.map(lambda x, r=rows: x[r], population[name].examples),
+                jnp.ones(2, bool),
+                jnp.ones(2),
+            )
+            at = jax.tree.map(lambda x, c=client: x[c], own)
+            one = split.split_step(LINEAR, TANH, readout(), SQUARED, at.lower, state.params, at.upper, batch)
+            total = optax.tree.add(total, optax.tree.scale(1 / 3, one.trunk))
+    assert_trees_close(new.params, optax.tree.sub(state.params, optax.tree.scale(0.5, total)))
+    assert metrics["norm_ratio"] == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["round", "drift"])
+def test_schedules_agree_for_one_step_and_differ_for_more(schedule):
+    population = random_population({"a": 3}, size=2)
+    results = {}
+    for steps in (1, 3):
+        for name in ("step", schedule):
+            algorithm = make(num_steps=steps, schedule=name, trunk_learning_rate=0.1)
+            results[steps, name] = algorithm.round(algorithm.init(KEY), cohorts_of(population), KEY)[0]
+    assert_trees_close(results[1, schedule].params, results[1, "step"].params, rtol=1e-4, atol=1e-5)
+    # Full batches: the clients' own parts see the same first step whatever the schedule.
+    assert_trees_close(results[1, schedule].clients, results[1, "step"].clients, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(results[3, schedule].params["A"], results[3, "step"].params["A"], rtol=1e-3)
+
+
+def test_embedding_synchronisation():
+    population = random_population({"a": 3})
+    ends = {}
+    for how in ("fedavg", "local", "frozen"):
+        algorithm = make(embedding_sync=how)
+        state = algorithm.init(KEY)
+        ends[how] = algorithm.round(state, cohorts_of(population), KEY)[0].clients["a"].lower["P"]
+    np.testing.assert_array_equal(ends["frozen"], state.clients["a"].lower["P"])
+    assert np.ptp(ends["local"], axis=0).max() > 1e-3
+    np.testing.assert_allclose(ends["fedavg"], np.broadcast_to(ends["local"].mean(0), (3, 3, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["step", "round", "drift"])
+def test_absent_and_diverged_clients_have_no_influence(schedule):
+    population = random_population({"a": 3}, size=2)
+    algorithm = make(schedule=schedule, num_steps=2)
+    state = algorithm.init(KEY)
+    few = sampling.make_cohort(population["a"], jnp.array([0, 2]))
+    without, _ = algorithm.round(state, {"a": few}, KEY)
+    cohort = cohorts_of(population)["a"]
+    present = jnp.array([True, False, True])
+    shares = jnp.where(present, cohort.shares, 0)
+    absent = cohort._replace(present=present, shares=shares)
+    ours, _ = algorithm.round(state, {"a": absent}, KEY)
+    assert_trees_close(ours, without, rtol=1e-4, atol=1e-5)
+    broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), state.clients["a"].upper)
+    bad = state._replace(clients={"a": state.clients["a"]._replace(upper=broken)})
+    diverged, metrics = algorithm.round(bad, {"a": cohort}, KEY)
+    assert metrics["diverged"] == 1 and np.isfinite(metrics["loss"])
+    assert_trees_close(diverged.params, without.params, rtol=1e-4, atol=1e-5)
+
+
+def test_simulated_predicted_adapted():
+    counts = {"a": 2, "b": 1}
+    groups = {
+        "a": algorithms.SplitGroup(readout(), SQUARED, 2),
+        "b": algorithms.SplitGroup(readout(4), SQUARED, 1),
+    }
+    population = random_population(counts)
+    algorithm = make(groups=groups, num_steps=4)
+    run = simulate(algorithm, population, num_rounds=8, seeds=(0, 1))
+    assert run.metrics["loss"].shape == (2, 8)
+    assert (run.metrics["loss"][:, -1] < run.metrics["loss"][:, 0]).all()
+    state = jax.tree.map(lambda x: x[0], run.state)
+    outputs = algorithm.predict(state, {"b": jnp.array([0])}, {"b": jnp.ones((1, 5, 2, 3))})
+    assert outputs["b"].shape == (1, 5)
+    adapted = algorithm.adapt(state, random_population({"a": 3}), KEY)
+    assert algorithm.predict(adapted, {"a": jnp.arange(3)}, {"a": jnp.ones((3, 5, 2, 3))})["a"].shape == (
+        3,
+        5,
+    )
+
+
+def test_deformable_convolution_golden():
+    given, expected = GOLDEN["deformable_conv"]["input"], GOLDEN["deformable_conv"]["expected"]
+    with jax.enable_x64(True):
+        image, kernel, bias, offsets = (
+            jnp.asarray(given[name], jnp.float64) for name in ("image", "kernel", "bias", "offsets")
+        )
+        ours = deformable_convolution(image[None], kernel, bias, offsets[None])
+        np.testing.assert_allclose(ours[0], expected["output"], rtol=1e-9, atol=1e-12)
+        plain = deformable_convolution(image[None], kernel, bias, jnp.zeros_like(offsets)[None])
+        np.testing.assert_allclose(plain[0], expected["output_zero_offsets"], rtol=1e-9, atol=1e-12)
+        stock = jax.lax.conv_general_dilated(
+            image[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(plain, stock + bias, rtol=1e-9)
+        far = deformable_convolution(image[None], kernel, bias, offsets[None] + 100.0)
+        np.testing.assert_allclose(far, jnp.broadcast_to(bias, far.shape))
+
+
+@pytest.mark.parametrize("index", range(len(GOLDEN["traffic"])))
+def test_traffic_golden(index):
+    case = GOLDEN["traffic"][index]
+    given = case["inputs"]
+    ours = costs.split_traffic(
+        batch_size=given["B"],
+        embedding_values=given["N"] * given["d"],
+        feature_values=given["N_out"] * given["d_out"],
+        num_steps=given["steps"],
+        embedding_parameters=given["theta_e"],
+        trunk_parameters=given["theta_g"],
+        upper_parameters=given["theta_a"] + given["theta_h"],
+        bytes_per_value=given["bytes_per_value"],
+    )
+    assert (ours.up, ours.down) == (case["fedbone_up_bytes"], case["fedbone_down_bytes"])
+    assert ours.federated == case["fedavg_encoder_only_total_bytes"]
+    assert ours.federated_full == case["fedavg_full_model_total_bytes"]
+    np.testing.assert_allclose(ours.break_even_steps, case["break_even_steps_vs_encoder_fedavg"], rtol=1e-12)
+
+
+def test_trunks_and_heads():
+    images = jax.random.normal(KEY, (2, 16, 16, 3))
+    lower, trunk = models.patch_embedding(4, 8), models.vit_trunk(2, 2)
+    head = models.task_adaptation(8, 5, (16, 16), heads=2, classify=True)
+    params = split.init_parts(lower, trunk, head, images, tuple(jax.random.split(KEY, 3)))
+    assert split.composed(lower, trunk, head)(params, images).shape == (2, 5)
+
+
+def test_sparse_upload():
+    assert costs.sparse_upload_bytes(1000, 200) == 800 + 125
+    assert costs.sparse_upload_bytes(1000, 200, positions="indices") == 1600
+    with pytest.raises(ValueError, match="unknown positions 'runs'"):
+        costs.sparse_upload_bytes(10, 1, positions="runs")
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="unknown schedule 'epoch'; expected one of step, round, drift"):
+        make(schedule="epoch")
+    with pytest.raises(ValueError, match="unknown embedding_sync 'mean'"):
+        make(embedding_sync="mean")
+    with pytest.raises(ValueError, match="groups is empty"):
+        algorithms.fedbone(
+            LINEAR, TANH, {}, None, num_steps=1, batch_size=1, client_optimizer=None, server=None
+        )
+    with pytest.raises(ValueError, match="group 'a' has 0 clients"):
+        make(0)
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        make(num_steps=0)
+    with pytest.raises(ValueError, match=r"cohorts are of groups \['b'\], the algorithm is for \['a'\]"):
+        make().round(make().init(KEY), {"b": None}, KEY)

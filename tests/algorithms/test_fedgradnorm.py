@@ -1,0 +1,226 @@
+"""FedGradNorm against golden values, its identities with FedRep, and the over-the-air step."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjax_mtl import algorithms, batching, make_execution, make_federation, models, sampling, tasks, trees
+from fedjax_mtl.algorithms.fedgradnorm import loss_weights
+from fedjax_mtl.server.wireless import over_the_air_sum
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedgradnorm.json").read_text())
+SETTINGS = GOLDEN["inputs"]["hparams"]
+HEAD = trees.under("v")
+
+
+def golden_model():
+    def init(key):
+        del key
+        given = GOLDEN["inputs"]
+        return {
+            "W1": jnp.asarray(given["W1"], jnp.float64),
+            "W2": jnp.asarray(given["W2"], jnp.float64),
+            "v": jnp.zeros(2, jnp.float64),
+        }
+
+    def apply(params, inputs, key=None):
+        del key
+        return inputs @ params["W1"].T @ params["W2"].T @ params["v"]
+
+    return models.Model(init, apply)
+
+
+def squared():
+    return tasks.Task("squared", lambda o, y: jnp.square(o - y), {}, None)
+
+
+def golden_federation():
+    clients = GOLDEN["inputs"]["clients"]
+    examples = {
+        "inputs": np.concatenate([c["X"] for c in clients]),
+        "labels": np.concatenate([c["y"] for c in clients]),
+    }
+    ends = np.cumsum([0] + [len(c["y"]) for c in clients])
+    return make_federation(examples, [np.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)])
+
+
+def golden_algorithm(server_optimizer=None, execution="vmap", **changes):
+    settings = {
+        "num_clients": 3,
+        "head": HEAD,
+        "head_plan": batching.steps(SETTINGS["tau_h"], None),
+        "plan": batching.steps(SETTINGS["tau_w"], None),
+        "head_learning_rate": SETTINGS["lr_head"],
+        "learning_rate": SETTINGS["lr_shared"],
+        "server_optimizer": server_optimizer or optax.sgd(SETTINGS["lr_server"]),
+        "weight_learning_rate": SETTINGS["lr_p"],
+        "exponent": SETTINGS["gamma"],
+        "measured": trees.under("W2"),
+        "minimum": SETTINGS["p_min"],
+        "execution": make_execution(execution),
+    }
+    return algorithms.fedgradnorm(golden_model(), squared(), **{**settings, **changes})
+
+
+def start(algorithm):
+    state = algorithm.init(jax.random.key(0))
+    heads = jnp.asarray([c["v"] for c in GOLDEN["inputs"]["clients"]], jnp.float64)
+    inner = state.clients.own if hasattr(state.clients, "own") else state.clients
+    inner = inner._replace(personal=inner.personal | {"v": heads})
+    clients = state.clients._replace(own=inner) if hasattr(state.clients, "own") else inner
+    return state._replace(clients=clients)
+
+
+def everybody(federation):
+    return sampling.make_cohort(federation, jnp.arange(3, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop", "map"])
+def test_golden_rounds(execution):
+    with jax.enable_x64(True):
+        algorithm, cohort = golden_algorithm(execution=execution), everybody(golden_federation())
+        state = start(algorithm)
+        for index, expected in enumerate(GOLDEN["rounds"]):
+            state, metrics = algorithm.round(state, cohort, jax.random.key(index))
+            # Batches' masks and weights are float32; the arithmetic is float64.
+            np.testing.assert_allclose(
+                state.clients.personal["v"], [c["v_out"] for c in expected["clients"]], rtol=1e-6
+            )
+            np.testing.assert_allclose(loss_weights(state), expected["p_out"], rtol=1e-6)
+            np.testing.assert_allclose(state.params["W1"], expected["W1_out"], rtol=1e-6)
+            np.testing.assert_allclose(state.params["W2"], expected["W2_out"], rtol=1e-6)
+            shares = np.array([5, 4, 6]) / 15
+            np.testing.assert_allclose(metrics["loss"], shares @ expected["F"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "reading, name",
+    [("first_step", "norm_first_last"), ("mean_step", "mean_step_norm_last"), ("update", "norm_avg_last")],
+)
+def test_norm_readings(reading, name):
+    """All readings of the first round: weights start at 1 and rates are 1."""
+    expected = GOLDEN["rounds"][0]
+    norms = np.array([c[name] for c in expected["clients"]])
+    raw = 1 - SETTINGS["lr_p"] * np.sign(norms - norms.mean()) * norms
+    with jax.enable_x64(True):
+        algorithm = golden_algorithm(norms=reading)
+        state, _ = algorithm.round(start(algorithm), everybody(golden_federation()), jax.random.key(0))
+        np.testing.assert_allclose(loss_weights(state), 3 * raw / raw.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("point", ["shared", "before_head", "full"])
+def test_loss_points(point):
+    expected = GOLDEN["rounds"][0]["clients"]
+    losses = [c["F"] if point == "shared" else c["head_losses"][0] for c in expected]
+    with jax.enable_x64(True):
+        algorithm = golden_algorithm(loss_point=point)
+        state, _ = algorithm.round(start(algorithm), everybody(golden_federation()), jax.random.key(0))
+        np.testing.assert_allclose(state.server[1].initial_losses, losses, rtol=1e-6)
+
+
+def test_static_weights_are_fedrep():
+    """Weights that do not move and a server step of learning rate times steps: the mean of the local models."""
+    with jax.enable_x64(True):
+        cohort = everybody(golden_federation())
+        equal = golden_algorithm(optax.sgd(SETTINGS["lr_shared"] * SETTINGS["tau_w"]), dynamic=False)
+        state, _ = equal.round(start(equal), cohort, jax.random.key(0))
+        for name in ("W1", "W2"):
+            local = np.mean([c[f"{name}_local_out"] for c in GOLDEN["rounds"][0]["clients"]], axis=0)
+            np.testing.assert_allclose(state.params[name], local, rtol=1e-6)
+        rep = algorithms.fedrep(
+            golden_model(),
+            squared(),
+            num_clients=3,
+            head=HEAD,
+            head_plan=batching.steps(2, None),
+            plan=batching.steps(2, None),
+            optimizer=optax.sgd(0.05),
+            weighting="uniform",
+        )
+        other, _ = rep.round(start(rep), cohort, jax.random.key(0))
+        np.testing.assert_allclose(other.params["W1"], state.params["W1"], rtol=1e-6)
+        np.testing.assert_allclose(other.clients.personal["v"], state.clients.personal["v"], rtol=1e-6)
+
+
+def test_local_weighting_starts_alike_and_then_weighs_the_local_loss():
+    with jax.enable_x64(True):
+        cohort = everybody(golden_federation())
+        plain, local = golden_algorithm(), golden_algorithm(local_weighting=True)
+        a, b = start(plain), start(local)
+        a, first = plain.round(a, cohort, jax.random.key(0))
+        b, second = local.round(b, cohort, jax.random.key(0))
+        np.testing.assert_allclose(b.params["W1"], a.params["W1"], rtol=1e-6)
+        np.testing.assert_allclose(b.clients.weight, loss_weights(a), rtol=1e-6)
+        np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
+        b, _ = local.round(b, cohort, jax.random.key(0))
+        a, _ = plain.round(a, cohort, jax.random.key(0))
+        assert not np.allclose(b.clients.own.personal["v"], a.clients.personal["v"], rtol=1e-6)
+
+
+def test_one_client_keeps_weight_one():
+    with jax.enable_x64(True):
+        algorithm = golden_algorithm(num_clients=1)
+        federation = golden_federation().take(jnp.array([0]))
+        state = algorithm.init(jax.random.key(0))
+        for index in range(3):
+            cohort = sampling.make_cohort(federation, jnp.arange(1))
+            state, _ = algorithm.round(state, cohort, jax.random.key(index))
+        np.testing.assert_allclose(loss_weights(state), [1.0])
+
+
+def test_over_the_air_golden():
+    given, expected = GOLDEN["hota"]["inputs"], GOLDEN["hota"]["outputs"]
+    with jax.enable_x64(True):
+        gradients, gains = jnp.asarray(given["cluster_gradients"]), jnp.asarray(given["channel_gain"])
+        ours = over_the_air_sum(gradients, gains, jnp.asarray(given["noise"]), given["H_th"], given["rho"])
+        np.testing.assert_allclose(ours, expected["estimate"], rtol=1e-6, atol=1e-12)
+        ideal = over_the_air_sum(gradients, gains, jnp.zeros(6), 0.0, given["rho"])
+        np.testing.assert_allclose(ideal, expected["ideal_mean"], rtol=1e-6)
+
+
+def hota_update(**channel):
+    from fedjax_mtl import server
+
+    rng = np.random.default_rng(0)
+    updates = {"w": jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)}
+    transformation = server.over_the_air_gradnorm(3, 2, **channel)
+    state = transformation.init(None)
+    facts = {"losses": jnp.arange(1.0, 7), "client_ids": jnp.arange(6), "key": jax.random.key(1)}
+    return updates["w"], transformation.update(updates, state, **facts)
+
+
+def test_over_the_air_limits_and_fading():
+    updates, (ours, state) = hota_update(learning_rate=0.0, threshold=0.0, noise=0.0)
+    np.testing.assert_allclose(ours["w"], updates.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.weights, 1)
+    # Nobody's channel is good enough: nothing moves. One dead cluster: the mean of the others.
+    _, (silent, _) = hota_update(learning_rate=0.0, fading=1e-6)
+    assert not silent["w"].any()
+    _, (two, _) = hota_update(learning_rate=0.0, threshold=1e-9, fading=jnp.array([1e-9, 1, 1]), noise=0.0)
+    np.testing.assert_allclose(two["w"], updates[2:].mean(0), rtol=1e-3, atol=1e-3)
+    _, (_, moved) = hota_update(learning_rate=0.1)
+    np.testing.assert_allclose(moved.weights.sum(1), 2, rtol=1e-5)
+    _, (strong, _) = hota_update(learning_rate=0.0, threshold=0.0, noise=1.0, power=1e6)
+    np.testing.assert_allclose(strong["w"], updates.mean(0), atol=0.5)
+
+
+def test_rayleigh_share_of_good_channels():
+    from fedjax_mtl.server.wireless import rayleigh_gains
+
+    gains = rayleigh_gains(jax.random.key(0), jnp.zeros((2, 20000)), jnp.array([1.0, 0.15]))
+    good = (np.square(gains) >= 0.032).mean(1)
+    np.testing.assert_allclose(good, np.exp(-0.032 / np.array([1.0, 0.15**2])), atol=0.01)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="unknown norms 'median'"):
+        golden_algorithm(norms="median")
+    with pytest.raises(ValueError, match="unknown loss_point 'end'"):
+        golden_algorithm(loss_point="end")
+    with pytest.raises(ValueError, match="needs a plan of local steps"):
+        golden_algorithm(plan=batching.epochs(1, None))
