@@ -109,6 +109,83 @@ def baselines(**learning_rates: float) -> dict[str, Any]:
     return settings
 
 
+def _gradnorm(**changes: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": 0.01,
+        "head_learning_rate": 0.02,
+        "head_steps": 5,
+        "server_learning_rate": 0.01,
+        "weight_learning_rate": 0.02,
+        "exponent": 0.6,
+        "minimum": 0.01,
+        **changes,
+    }
+
+
+def gradnorm_algorithms() -> dict[str, Any]:
+    """FedGradNorm, its twin with equal weights (Adam on both servers), FedRep and FedPer with plain averaging, local."""
+    readings = {"norms": "update", "loss_point": "shared", "local_weighting": False}
+    return {
+        "name": "fedgradnorm",
+        "fedgradnorm": _gradnorm(**readings),
+        "equal_weights": _gradnorm(),
+        "fedrep": {"learning_rate": 0.02, "head_steps": 5},
+        "fedper": {"learning_rate": 0.02},
+        "local": {"learning_rate": 0.02},
+    }
+
+
+def hota_algorithms(noise: float, fading: tuple[float, ...]) -> dict[str, Any]:
+    """HOTA-FedGradNorm and its twin with equal weights over the same channel."""
+    channel = {"num_clusters": len(fading), "threshold": 0.032, "fading": fading, "noise": noise}
+    return {
+        "name": "hota_fedgradnorm",
+        "hota_fedgradnorm": _gradnorm(**channel),
+        "hota_equal_weights": _gradnorm(**channel),
+    }
+
+
+def population_algorithms(name: str, *, learning_rate: float, shared: str = "all") -> dict[str, Any]:
+    """Systems and baselines for clients with different tasks; ``shared`` is what FedAvg and its kin average, ``all`` or ``encoder``."""
+
+    def averaging(**changes: Any) -> dict[str, Any]:
+        return {
+            "learning_rate": learning_rate,
+            "shared": shared,
+            "keep": 1.0,  # FedDEA's share of kept coordinates; 1: plain averaging
+            "rescale": "l1",
+            "denominator": "all",
+            "scope": "global",
+            "server_optimizer": "sgd",
+            "server_step": 1.0,
+            "proximal_strength": 0.0,
+            "weighting": "uniform",
+            **changes,
+        }
+
+    return {
+        "name": name,
+        "fedavg": averaging(),
+        "feddea": averaging(keep=0.2),
+        "fedprox": averaging(proximal_strength=0.05),
+        "fedadam": averaging(server_optimizer="adam", server_step=0.003),
+        "fedper": averaging(shared="encoder"),
+        "fedrep": {"learning_rate": learning_rate, "head_steps": 5, "weighting": "uniform"},
+        "local": {"learning_rate": learning_rate},
+        "fedbone": {
+            "learning_rate": learning_rate,
+            "trunk_learning_rate": learning_rate,
+            "trunk_optimizer": "adam",
+            "attention": "softmax_cosine",
+            "project": True,
+            "order": "index",
+            "schedule": "step",
+            "embedding_sync": "fedavg",
+            "weighting": "uniform",
+        },
+    }
+
+
 def fedem_training() -> dict[str, Any]:
     """Local training in FedEM's experiments: batch 128, one epoch, momentum 0.9, weight decay 5e-4, tenfold decay at 1/2 and 3/4.
 

@@ -3,6 +3,7 @@
 The only place that reads configs; everything built here takes plain arguments. Fields that a factory does not know are refused by name.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from experiments.datasets import DATASETS, Problem
+from experiments.datasets import DATASETS, PopulationProblem, Problem
 from fedjax_mtl import (
     Algorithm,
     Execution,
@@ -23,6 +24,7 @@ from fedjax_mtl import (
     models,
     sampling,
     topology,
+    trees,
 )
 
 
@@ -53,7 +55,7 @@ def choose(table: dict[str, Any], name: str, where: str) -> Any:
     return table[name]
 
 
-def make_problem(config: ml_collections.ConfigDict) -> Problem:
+def make_problem(config: ml_collections.ConfigDict) -> Problem | PopulationProblem:
     """Loads and federates ``config.data``."""
     settings = dict(config.data)
     return call(choose(DATASETS, settings.pop("name"), "config.data.name"), settings, "config.data")
@@ -79,7 +81,11 @@ def _lstm(problem: Problem, *, embedding: int, hidden: int, layers: int) -> mode
     )
 
 
-MODELS = {"linear": _linear, "mlp": _mlp, "cnn": _cnn, "lstm": _lstm}
+def _body_and_head(problem: Problem, *, hidden: tuple[int, ...]) -> models.Model:
+    return models.body_and_head(problem.input_shape[0], problem.num_outputs, hidden)
+
+
+MODELS = {"body_and_head": _body_and_head, "linear": _linear, "mlp": _mlp, "cnn": _cnn, "lstm": _lstm}
 
 
 def make_model(config: ml_collections.ConfigDict, problem: Problem) -> models.Model:
@@ -318,7 +324,148 @@ def _q_ffl(parts: Parts, *, learning_rate: float, q: float = 1.0, fidelity: str 
     )
 
 
+def _gradnorm_settings(
+    parts: Parts,
+    *,
+    learning_rate: float,
+    head_learning_rate: float,
+    head_steps: int,
+    server_learning_rate: float,
+    weight_learning_rate: float,
+    exponent: float,
+    minimum: float,
+    dynamic: bool,
+) -> dict[str, Any]:
+    """Of FedGradNorm on a body and a head: norms at the body's last layer, Adam on the server."""
+    last = f"dense_{len(_layers(parts)) - 1}"
+    return {
+        "model": parts.model,
+        "task": parts.problem.task,
+        "head": trees.under("decoder"),
+        "head_plan": batching.steps(head_steps, parts.plan.batch_size),
+        "plan": parts.plan,
+        "head_learning_rate": head_learning_rate,
+        "learning_rate": learning_rate,
+        "server_optimizer": optax.adam(server_learning_rate),
+        "weight_learning_rate": weight_learning_rate,
+        "exponent": exponent,
+        "measured": lambda path: last in path and path[-1] == "kernel",
+        "dynamic": dynamic,
+        "execution": parts.execution,
+    } | ({"minimum": minimum} if minimum else {})
+
+
+def _layers(parts: Parts) -> list[str]:
+    params = jax.eval_shape(parts.model.init, jax.random.key(0))
+    return sorted(params["encoder"])
+
+
+def _fedgradnorm(
+    parts: Parts,
+    *,
+    learning_rate: float,
+    head_learning_rate: float = 0.02,
+    head_steps: int = 5,
+    server_learning_rate: float = 0.01,
+    weight_learning_rate: float = 0.02,
+    exponent: float = 0.6,
+    minimum: float = 0.01,
+    dynamic: bool = True,
+    norms: str = "update",
+    loss_point: str = "shared",
+    local_weighting: bool = False,
+) -> Algorithm:
+    settings = _gradnorm_settings(
+        parts,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        head_steps=head_steps,
+        server_learning_rate=server_learning_rate,
+        weight_learning_rate=weight_learning_rate,
+        exponent=exponent,
+        minimum=minimum,
+        dynamic=dynamic,
+    )
+    return algorithms.fedgradnorm(
+        **settings,
+        num_clients=parts.num_clients,
+        norms=norms,
+        loss_point=loss_point,
+        local_weighting=local_weighting,
+    )
+
+
+def _hota_fedgradnorm(
+    parts: Parts,
+    *,
+    learning_rate: float,
+    num_clusters: int,
+    threshold: float = 0.032,
+    fading: tuple[float, ...] = (1.0,),
+    noise: float = 0.001,
+    head_learning_rate: float = 0.02,
+    head_steps: int = 5,
+    server_learning_rate: float = 0.01,
+    weight_learning_rate: float = 0.02,
+    exponent: float = 0.6,
+    minimum: float = 0.01,
+    dynamic: bool = True,
+) -> Algorithm:
+    if parts.num_clients % num_clusters or len(fading) not in (1, num_clusters):
+        raise ValueError(
+            f"config.algorithm.hota_fedgradnorm has num_clusters={num_clusters} and fading of {len(fading)} for "
+            f"{parts.num_clients} clients; clusters must divide clients, fading be one number or one a cluster"
+        )
+    settings = _gradnorm_settings(
+        parts,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        head_steps=head_steps,
+        server_learning_rate=server_learning_rate,
+        weight_learning_rate=weight_learning_rate,
+        exponent=exponent,
+        minimum=minimum,
+        dynamic=dynamic,
+    )
+    return algorithms.hota_fedgradnorm(
+        **settings,
+        num_clusters=num_clusters,
+        cluster_size=parts.num_clients // num_clusters,
+        threshold=threshold,
+        fading=jnp.asarray(fading if len(fading) > 1 else fading[0]),
+        noise=noise,
+    )
+
+
+def _equal(factory: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+    """The twin with equal static weights, of the same settings."""
+
+    @functools.wraps(factory)
+    def make(parts: Parts, **settings: Any) -> Algorithm:
+        return factory(parts, **settings | {"dynamic": False})
+
+    return make
+
+
+def _fedrep(parts: Parts, *, learning_rate: float, head_steps: int = 5) -> Algorithm:
+    return algorithms.fedrep(
+        **parts.training(learning_rate),
+        head=trees.under("decoder"),
+        head_plan=batching.steps(head_steps, parts.plan.batch_size),
+    )
+
+
+def _fedper(parts: Parts, *, learning_rate: float) -> Algorithm:
+    return algorithms.fedper(**parts.training(learning_rate), head=trees.under("decoder"))
+
+
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "equal_weights": _equal(_fedgradnorm),
+    "fedgradnorm": _fedgradnorm,
+    "fedper": _fedper,
+    "fedrep": _fedrep,
+    "hota_equal_weights": _equal(_hota_fedgradnorm),
+    "hota_fedgradnorm": _hota_fedgradnorm,
     "agnostic": _agnostic,
     "apfl": _apfl,
     "clustered": _clustered,
@@ -375,8 +522,14 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             )
 
 
-def make_algorithm(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Algorithm, Execution]:
+def make_algorithm(
+    config: ml_collections.ConfigDict, problem: Problem | PopulationProblem
+) -> tuple[Algorithm, Execution]:
     """The algorithm ``config.algorithm.name`` with its settings, ``config.algorithm.<name>``, and how it maps clients."""
+    if isinstance(problem, PopulationProblem):
+        from experiments import populations
+
+        return populations.make_algorithm(config, problem)
     model = make_model(config, problem)
     client = dict(config.client)
     parts = Parts(
@@ -396,9 +549,17 @@ def make_algorithm(config: ml_collections.ConfigDict, problem: Problem) -> tuple
     return call(factory, {"parts": parts, **settings}, f"config.algorithm.{name}"), parts.execution
 
 
-def make_sampler(config: ml_collections.ConfigDict, num_clients: int) -> sampling.Sampler:
-    """Everybody, or ``config.cohort_size`` clients a round, uniformly."""
+def make_sampler(
+    config: ml_collections.ConfigDict, num_clients: int | dict[str, int]
+) -> sampling.Sampler | sampling.PopulationSampler:
+    """Everybody, or ``config.cohort_size`` clients a round, uniformly; of a heterogeneous population everybody."""
     size = config.cohort_size
+    if isinstance(num_clients, dict):
+        if size:
+            raise ValueError(
+                f"config.cohort_size is {size}, but all clients of a heterogeneous population take part; give 0"
+            )
+        return sampling.by_group(sampling.full_participation())
     if not 0 <= size <= num_clients:
         raise ValueError(
             f"config.cohort_size is {size} but {num_clients} clients train; give 1..{num_clients}, or 0 for all"
@@ -406,6 +567,8 @@ def make_sampler(config: ml_collections.ConfigDict, num_clients: int) -> samplin
     return sampling.uniform(size) if size else sampling.full_participation()
 
 
-def cohort_size(config: ml_collections.ConfigDict, num_clients: int) -> int:
+def cohort_size(config: ml_collections.ConfigDict, num_clients: int | dict[str, int]) -> int:
     """Clients in a round."""
+    if isinstance(num_clients, dict):
+        return sum(num_clients.values())
     return config.cohort_size or num_clients

@@ -13,7 +13,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import plots, workdir
+from experiments import comparisons, plots, workdir
+from fedjax_mtl import tasks
 
 # Runs that differ only in data.seed are one row: seeds of the partition count like seeds of the training.
 # (split, metric, heading); larger is better for all but losses and errors.
@@ -23,8 +24,27 @@ COLUMNS = (
     ("train_clients", "accuracy_mean", "mean over clients"),
     ("unseen_clients", "accuracy", "unseen clients"),
     ("train_clients", "squared_error", "squared error"),
+    ("train_clients", "normalised_error_mean", "normalised error"),
+    ("train_clients", "normalised_error_worst_tenth", "worst task"),
     ("train_clients", "loss", "test loss"),
 )
+
+
+def columns_of(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The columns for which some run has values; of heterogeneous populations each task's primary metric."""
+    chosen = [c for c in COLUMNS if any(_value(s, c[0], c[1]) for s in summaries.values())]
+    if chosen:
+        return chosen
+    names = next(iter(summaries.values()))["metrics"].get("train_clients", {})
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        group_name, _, metric = name.partition("/")
+        groups.setdefault(group_name, {})[metric] = metric
+    return [
+        ("train_clients", f"{group_name}/{metric}", f"{group_name} {metric.rpartition('/')[2]}")
+        for group_name, metrics in groups.items()
+        for metric in comparisons.primary_metrics(metrics).values()
+    ]
 
 
 def load(directory: pathlib.Path) -> dict[str, Any]:
@@ -47,20 +67,16 @@ def _value(summary: dict[str, Any], split: str, metric: str) -> tuple[float, flo
     return None if entry is None else (entry["final_mean"], entry["final_std"])
 
 
-def _is_error(metric: str) -> bool:
-    return "loss" in metric or "error" in metric
-
-
 def table(summaries: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Headings, and for each run its cells ``(text, best)``: final mean ± std over seeds, accuracies in percent."""
-    columns = [c for c in COLUMNS if any(_value(s, c[0], c[1]) for s in summaries.values())]
+    columns = columns_of(summaries)
     headings = ["", *(heading for _, _, heading in columns)]
     best = {}
     for split, metric, _ in columns:
         # Compared as printed, so that all of a tie are marked.
         shown = [_cell(_value(s, split, metric), metric) for s in summaries.values()]
         means = [float(cell.split(" ")[0]) for cell in shown if cell != "-"]
-        best[split, metric] = min(means) if _is_error(metric) else max(means)
+        best[split, metric] = min(means) if tasks.lower_is_better(metric) else max(means)
     rows = []
     for name, summary in summaries.items():
         row = [(name, False)]
@@ -74,7 +90,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[tu
 def _cell(value: tuple[float, float] | None, metric: str) -> str:
     if value is None:
         return "-"
-    scale, digits = (1, 3) if _is_error(metric) else (100, 1)
+    scale, digits = (1, 3) if tasks.lower_is_better(metric) else (100, 1)
     return f"{scale * value[0]:.{digits}f} ± {scale * value[1]:.{digits}f}"
 
 
@@ -162,14 +178,62 @@ def group(directories: list[pathlib.Path]) -> list[Runs]:
     return runs
 
 
-def report(directories: list[pathlib.Path], output: pathlib.Path) -> None:
-    """Writes report.md, report.tex, curves and clients (.png and .pdf) into ``output``, and prints the table.
+def _spread(values: list[float], digits: int) -> str:
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return "never"
+    text = f"{np.mean(finite):.{digits}f} ± {np.std(finite):.{digits}f}"
+    return text if len(finite) == len(values) else f"{text} ({len(finite)} of {len(values)})"
+
+
+def compared(
+    runs: list[Runs], reference: str | None, target: str | None
+) -> tuple[list[str], list[list[str]]]:
+    """Further columns: the improvement over the run ``reference``, and the rounds to ``target`` (``metric=value``).
 
     Raises:
-        FileNotFoundError: a run has not finished. ValueError: different runs of the same name.
+        ValueError: no such run, or a target that cannot be read.
+    """
+    headings, columns = [], []
+    if reference is not None:
+        base = next((run for run in runs if run.name == reference), None)
+        if base is None:
+            raise ValueError(
+                f"no run is called {reference!r}; there are {', '.join(run.name for run in runs)}"
+            )
+        headings.append(f"improvement over {reference} in %")
+        gains = [list(comparisons.improvements(run.rows, base.rows).values())[-1] for run in runs]
+        columns.append([_spread(gain, 1) for gain in gains])
+    if target is not None:
+        metric, _, value = target.rpartition("=")
+        try:
+            level = float(value)
+        except ValueError:
+            raise ValueError(f"--target={target} does not look like metric=value") from None
+        headings.append(f"rounds to {target}")
+        columns.append([_spread(comparisons.rounds_to(run.rows, metric, level), 0) for run in runs])
+    return headings, [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in runs]
+
+
+def report(
+    directories: list[pathlib.Path],
+    output: pathlib.Path,
+    reference: str | None = None,
+    target: str | None = None,
+) -> None:
+    """Writes report.md, report.tex, curves and clients (.png and .pdf) into ``output``, and prints the table.
+
+    Args:
+        reference: a run over which the others' improvement is given. target: ``metric=value``, to which the rounds are counted.
+
+    Raises:
+        FileNotFoundError: a run has not finished. ValueError: different runs of the same name, no such reference or metric.
     """
     runs = group(directories)
     headings, cells = table({run.name: run.summary for run in runs})
+    more, extra = compared(runs, reference, target)
+    headings += more
+    cells = [row + [(text, False) for text in own] for row, own in zip(cells, extra, strict=True)]
     counts = "/".join(str(count) for count in sorted({len(run.summary["seeds"]) for run in runs}))
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.md").write_text(markdown(headings, cells))
@@ -190,9 +254,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
+    parser.add_argument("--reference", help="the run over which the others' improvement (Delta_m) is given")
+    parser.add_argument("--target", help="metric=value: count the rounds to it")
     arguments = parser.parse_args(argv)
     try:
-        report(arguments.workdirs, arguments.output)
+        report(arguments.workdirs, arguments.output, arguments.reference, arguments.target)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -17,21 +17,25 @@ from ml_collections import config_flags
 
 from experiments import build, plots, telemetry, workdir
 from experiments.checkpoints import Checkpoints
+from experiments.datasets import PopulationProblem
 from experiments.progress import Progress
 from fedjax_mtl import (
     Algorithm,
     Execution,
     Splits,
     evaluate_clients,
+    evaluate_population,
     sampling,
     simulate_blocks,
     summarise_clients,
+    tasks,
 )
+from fedjax_mtl.simulate import num_clients
 
 PyTree = Any
 
 # What the progress bar and the final line show.
-_SHOWN = ("accuracy", "accuracy_bottom_decile", "loss")
+_SHOWN = ("accuracy", "accuracy_bottom_decile", "normalised_error", "loss")
 
 
 def make_evaluation(problem: build.Problem, execution: Execution, batch_size: int):
@@ -40,6 +44,11 @@ def make_evaluation(problem: build.Problem, execution: Execution, batch_size: in
     Training clients are judged as they are (after tuning, where that is the algorithm); held-out clients after ``adapt`` on their own
     training data.
     """
+
+    def evaluate_groups(algorithm, state, splits, key):
+        del key
+        judge = evaluate_population(algorithm, problem.tasks, execution, batch_size)
+        return {f"train_clients/{name}": own for name, own in judge(state, splits.test).items()}
 
     def evaluate(
         algorithm: Algorithm, state: PyTree, splits: Splits, key: jax.Array
@@ -52,36 +61,64 @@ def make_evaluation(problem: build.Problem, execution: Execution, batch_size: in
             results["unseen_clients"] = judge(adapted, splits.unseen_test)
         return results
 
-    return evaluate
+    return evaluate_groups if isinstance(problem, PopulationProblem) else evaluate
 
 
-def rows_of(block, seeds: tuple[int, ...], problem: build.Problem, per_client: bool) -> list[dict[str, Any]]:
+class Judged(NamedTuple):
+    """What an entry of an evaluation is about: a split of clients, of one group (or ``None``), their task and test sizes."""
+
+    split: str
+    group: str | None
+    task: str
+    sizes: np.ndarray
+
+
+def judged(problem: build.Problem | PopulationProblem) -> dict[str, Judged]:
+    """The entries that :func:`make_evaluation` returns."""
+    splits = problem.splits
+    if isinstance(problem, PopulationProblem):
+        return {
+            f"train_clients/{name}": Judged(
+                "train_clients", name, problem.tasks[name].name, np.asarray(own.sizes)
+            )
+            for name, own in splits.test.items()
+        }
+    entries = {
+        "train_clients": Judged("train_clients", None, problem.task.name, np.asarray(splits.test.sizes))
+    }
+    if splits.unseen_test is not None:
+        sizes = np.asarray(splits.unseen_test.sizes)
+        entries["unseen_clients"] = Judged("unseen_clients", None, problem.task.name, sizes)
+    return entries
+
+
+def rows_of(
+    block, seeds: tuple[int, ...], about: dict[str, Judged], per_client: bool
+) -> list[dict[str, Any]]:
     """The metrics of a block as rows, in an order that is always the same."""
     evaluation, history = jax.device_get((block.evaluation, block.metrics))
-    sizes = {"train_clients": problem.splits.test.sizes}
-    if problem.splits.unseen_test is not None:
-        sizes["unseen_clients"] = problem.splits.unseen_test.sizes
     rows = []
     for index, seed in enumerate(seeds):
         head = {"round": block.round, "seed": seed}
         if history:
             means = {name: float(np.mean(values[index])) for name, values in sorted(history.items())}
             rows.append({**head, "split": "server", **means})
-        for split in sorted(evaluation):
-            own = {name: values[index] for name, values in sorted(evaluation[split].items())}
-            summary = summarise_clients(own, np.asarray(sizes[split]))
-            named = {"split": split, "task": problem.task.name}
+        for entry in sorted(evaluation):
+            of = about[entry]
+            own = {name: values[index] for name, values in sorted(evaluation[entry].items())}
+            summary = summarise_clients(own, of.sizes)
+            named = {"split": of.split, "task": of.task} | ({"group": of.group} if of.group else {})
             rows.append({**head, **named, **{k: float(v) for k, v in summary.items()}})
             if per_client:
                 rows += [
                     {**head, **named, "client": c, **{k: float(v[c]) for k, v in own.items()}}
-                    for c in range(len(sizes[split]))
+                    for c in range(len(of.sizes))
                 ]
     return rows
 
 
 def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Per split and metric: the final value of every seed, final and best mean and std over seeds.
+    """Per split and metric (``<group>/<metric>`` where there are groups): the final value of every seed, final and best mean and std over seeds.
 
     Best is the best mean over rounds: the highest, for losses and errors the lowest.
     """
@@ -90,9 +127,10 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
         if "client" in row:
             continue
         for name, value in row.items():
-            if name in ("round", "seed", "split", "task"):
+            if name in ("round", "seed", "split", "task", "group"):
                 continue
-            by_round = table.setdefault(row["split"], {}).setdefault(name, {})
+            full = f"{row['group']}/{name}" if "group" in row else name
+            by_round = table.setdefault(row["split"], {}).setdefault(full, {})
             by_round.setdefault(row["round"], {})[row["seed"]] = value
     summary: dict[str, Any] = {}
     for split, metrics in table.items():
@@ -100,8 +138,7 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
             rounds = sorted(by_round)
             values = np.array([[by_round[r][s] for s in seeds] for r in rounds])
             means = values.mean(axis=1)
-            lower_is_better = "loss" in name or "error" in name or name.endswith("_std")
-            best = int(np.argmin(means) if lower_is_better else np.argmax(means))
+            best = int(np.argmin(means) if tasks.lower_is_better(name) else np.argmax(means))
             summary.setdefault(split, {})[name] = {
                 "final": values[-1].tolist(),
                 "final_mean": float(means[-1]),
@@ -116,10 +153,10 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
 class Prepared(NamedTuple):
     """A run that has been checked: its data, algorithm, execution and sampler."""
 
-    problem: build.Problem
+    problem: build.Problem | PopulationProblem
     algorithm: Algorithm
     execution: Execution
-    sampler: sampling.Sampler
+    sampler: sampling.Sampler | sampling.PopulationSampler
 
 
 def prepare(config: ml_collections.ConfigDict) -> Prepared:
@@ -133,7 +170,7 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
     problem = build.make_problem(config)
     algorithm, execution = build.make_algorithm(config, problem)
     train = problem.splits.train
-    sampler = build.make_sampler(config, train.num_clients)
+    sampler = build.make_sampler(config, num_clients(train))
 
     def first_round(key):
         return algorithm.round(algorithm.init(key), sampler(key, 0, train), key)
@@ -150,7 +187,6 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
     """
     config = ml_collections.FrozenConfigDict(config)
     problem, algorithm, execution, sampler = prepare(config)
-    num_clients = problem.splits.train.num_clients
     seeds = tuple(config.seeds)
     workdir.claim(directory, config)
 
@@ -186,10 +222,11 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
     )
     shapes = initial_shapes(algorithm, 1)
     one_run = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    about = judged(problem)
     with Progress(config.algorithm.name, config.num_rounds, done or 0) as progress:
         for block in blocks:
             last = block.round == config.num_rounds
-            rows = rows_of(block, seeds, problem, per_client=last)
+            rows = rows_of(block, seeds, about, per_client=last)
             workdir.check_finite(rows)
             metrics.write(rows)
             events.write(rows)
@@ -202,7 +239,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
     events.close()
     rows = list(workdir.read_rows(directory / "metrics.jsonl"))
     up, down = algorithm.traffic(one_run)
-    clients = build.cohort_size(config, num_clients)
+    clients = build.cohort_size(config, num_clients(problem.splits.train))
     times = elapsed()
     steady = max(times["wall_seconds"] - times["compile_seconds"], 1e-9)
     summary = {

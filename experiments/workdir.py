@@ -95,8 +95,13 @@ class MetricsFile:
 
 
 def check_finite(rows: list[dict[str, Any]]) -> None:
-    """Raises FloatingPointError if a row holds a NaN or an infinity, naming round, seed, split and metric."""
+    """Raises FloatingPointError if a row holds a NaN or an infinity, or reports clients that diverged, naming round, seed, split and metric."""
     for row in rows:
+        if row.get("diverged", 0) > 0:
+            raise FloatingPointError(
+                f"{row['diverged']:.2g} clients a round had a loss or update that is not finite in the rounds before round "
+                f"{row['round']}, seed {row['seed']}; training diverged: lower the learning rate or clip (what was logged before is kept)"
+            )
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(

@@ -284,7 +284,8 @@ def fedbone(
         return state._replace(clients=clients)
 
     def traffic(state):
-        first = trees.take_clients(state.clients[names[0]].lower, 0)
+        shapes = state.clients[names[0]].lower
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), example)
         embeddings = jax.eval_shape(lower.apply, first, one)
         features = jax.eval_shape(trunk.apply, state.params, embeddings)

@@ -18,9 +18,12 @@ from fedjax_mtl.data.partition import (
     split_clients,
 )
 from fedjax_mtl.data.synthetic import SyntheticMixture, synthetic_mixture
+from fedjax_mtl.data.synthetic_tasks import PopulationSplits, conflicting_tasks, scaled_tasks
 
 __all__ = [
+    "PopulationSplits",
     "SyntheticMixture",
+    "conflicting_tasks",
     "dirichlet_labels",
     "draw_clients",
     "draw_components",
@@ -33,6 +36,7 @@ __all__ = [
     "pachinko",
     "permute_labels",
     "rotate_images",
+    "scaled_tasks",
     "split_clients",
     "synthetic_mixture",
 ]

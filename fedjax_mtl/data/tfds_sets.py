@@ -122,7 +122,7 @@ _SETS: dict[str, _Set] = {
 
 NUM_CLASSES: dict[str, int] = {name: spec.num_classes for name, spec in _SETS.items()}
 
-_FORMAT = "array_record"
+FORMAT = "array_record"
 _VERSION = "1.0.0"
 _CHUNK = 4096  # examples read at a time, both ways
 
@@ -159,7 +159,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict
 
     spec = _SETS[name]
     builder = tfds.builder_from_directory(os.fspath(directory))
-    sources = [builder.as_data_source(split=split, file_format=_FORMAT) for split in ("train", "test")]
+    sources = [builder.as_data_source(split=split, file_format=FORMAT) for split in ("train", "test")]
     num = sum(len(source) for source in sources)
     inputs = np.empty((num, *spec.shape), np.uint8)
     labels = np.empty((num,), np.int32)
@@ -193,12 +193,12 @@ def find_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
         DatasetNotPrepared: where there is no such directory.
     """
     spec = _check_name(name)
-    root = _data_root(data_dir)
+    root = data_root(data_dir)
     other_formats: list[str] = []
     for relative in (spec.own, spec.official):
         for directory in _versions(root / relative):
             formats = _file_formats(directory)
-            if _FORMAT in formats:
+            if FORMAT in formats:
                 return directory
             other_formats.append(f"{directory} ({', '.join(formats)})")
 
@@ -206,7 +206,7 @@ def find_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
     if other_formats:
         found = (
             f"It was found in another file format only, which cannot be read without TensorFlow: "
-            f"{'; '.join(other_formats)}; it has to be in the {_FORMAT} format."
+            f"{'; '.join(other_formats)}; it has to be in the {FORMAT} format."
         )
     else:
         found = f"There is no {spec.own} and no {spec.official} in {folder}."
@@ -233,7 +233,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
 
     import tensorflow_datasets as tfds
 
-    builder = _builder_class(name)(data_dir=os.fspath(_data_root(data_dir)), file_format=_FORMAT)
+    builder = _builder_class(name)(data_dir=os.fspath(data_root(data_dir)), file_format=FORMAT)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     return Path(builder.data_dir)
 
@@ -261,7 +261,7 @@ def _check_name(name: str) -> _Set:
     return _SETS[name]
 
 
-def _data_root(data_dir: str | os.PathLike[str] | None) -> Path:
+def data_root(data_dir: str | os.PathLike[str] | None) -> Path:
     """The data directory, by TFDS's own rule but read from the environment at each call."""
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")

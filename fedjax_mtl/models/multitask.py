@@ -1,0 +1,76 @@
+"""Small dense networks cut into a shared body and heads, for clients with tasks of their own."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedjax_mtl.models.base import Model, from_flax
+
+
+class Body(nn.Module):
+    """Dense layers ``dense_0``, ``dense_1``, ... with ReLU; weights N(0, gain^2 / fan_in), biases 0."""
+
+    hidden: Sequence[int]
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "normal")
+        for index, width in enumerate(self.hidden):
+            x = nn.relu(nn.Dense(width, kernel_init=init, name=f"dense_{index}")(x))
+        return x
+
+
+class BodyAndHead(nn.Module):
+    """A body ``encoder`` and a linear head ``decoder`` of weights N(0, head_scale^2)."""
+
+    hidden: Sequence[int]
+    outputs: int
+    gain: float
+    head_scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        del train
+        x = Body(self.hidden, self.gain, name="encoder")(x)
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.normal(self.head_scale), name="decoder")(x)
+
+
+def body_and_head(
+    features: int,
+    outputs: int,
+    hidden: Sequence[int] = (64, 32),
+    *,
+    gain: float = 1.4,
+    head_scale: float = 0.1,
+) -> Model:
+    """``[batch, features] -> [batch, outputs]``; parameters ``encoder/dense_<i>`` and ``decoder``."""
+    return from_flax(BodyAndHead(tuple(hidden), outputs, gain, head_scale), (features,))
+
+
+def many_heads(features: int, outputs: int, num_heads: int, hidden: Sequence[int] = (64, 48)) -> Model:
+    """One model with a linear head for each task, of which an example picks its own.
+
+    Inputs ``{"features": [batch, features], "head": int [batch]}``; parameters ``encoder`` and ``heads`` (kernel ``[heads, width, outputs]``). All heads are in
+    every client's parameters; the gradient of those it does not use is zero.
+    """
+    body = Body(tuple(hidden), 2**0.5)
+
+    def init(key):
+        body_key, head_key = jax.random.split(key)
+        width = hidden[-1]
+        kernel = jax.random.normal(head_key, (num_heads, width, outputs)) / width**0.5
+        return {
+            "encoder": body.init(body_key, jnp.zeros((1, features)))["params"],
+            "heads": {"kernel": kernel, "bias": jnp.zeros((num_heads, outputs))},
+        }
+
+    def apply(params, inputs, key=None):
+        del key
+        hidden_values = body.apply({"params": params["encoder"]}, inputs["features"])
+        own = jax.tree.map(lambda leaf: leaf[inputs["head"]], params["heads"])
+        return jnp.einsum("bw,bwo->bo", hidden_values, own["kernel"]) + own["bias"]
+
+    return Model(init, apply)
