@@ -48,8 +48,8 @@ def get_config(variant: str | None = None):
             "steps": 2 if options.quick else 10,
             "name": "adam",
         },
-        num_rounds=1 if options.quick else 60,
-        eval_every=1 if options.quick else 20,
+        num_rounds=1 if options.quick else 20,
+        eval_every=1 if options.quick else 10,
         evaluation_batch_size=20 if options.quick else 100,
         seeds=(0,) if options.quick else (0, 1, 2, 3, 4),
     )

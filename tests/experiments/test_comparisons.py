@@ -1,0 +1,47 @@
+"""Improvement over a reference and rounds to a target, from metric rows."""
+
+import numpy as np
+import pytest
+
+from experiments import comparisons
+
+
+def row(number, seed, group, **metrics):
+    return {"round": number, "seed": seed, "split": "train_clients", "group": group, **metrics}
+
+
+REFERENCE = [
+    row(10, seed, group, **metrics)
+    for seed in (0, 1)
+    for group, metrics in (("a", {"accuracy": 0.5, "loss": 1.0}), ("b", {"d/rmse": 2.0, "d/loss": 1.0}))
+]
+
+
+def test_improvements_over_a_reference():
+    rows = [
+        row(number, seed, group, **metrics)
+        for number, accuracy, error in ((5, 0.4, 2.0), (10, 0.6, 1.0))
+        for seed in (0, 1)
+        for group, metrics in (("a", {"accuracy": accuracy}), ("b", {"d/rmse": error}))
+    ]
+    gains = comparisons.improvements(rows, REFERENCE)
+    np.testing.assert_allclose(gains[5], [-10, -10])
+    np.testing.assert_allclose(gains[10], [35, 35])
+    np.testing.assert_allclose(comparisons.improvements(REFERENCE, REFERENCE)[10], 0, atol=1e-12)
+    with pytest.raises(ValueError, match="no run of seed 7"):
+        comparisons.improvements([row(10, 7, "a", accuracy=0.5)], REFERENCE)
+
+
+def test_rounds_to_a_target():
+    rows = [
+        {"round": r, "seed": s, "split": "train_clients", "error": e}
+        for s, errors in ((0, [3, 1, 2]), (1, [3, 3, 3]))
+        for r, e in enumerate(errors)
+    ]
+    assert comparisons.rounds_to(rows, "error", 2) == [1, np.inf]
+    assert comparisons.rounds_to([{**r, "accuracy": -r["error"]} for r in rows], "accuracy", -2) == [
+        1,
+        np.inf,
+    ]
+    with pytest.raises(ValueError, match="has the metric 'speed'"):
+        comparisons.rounds_to(rows, "speed", 1)
