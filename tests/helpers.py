@@ -13,6 +13,7 @@ from fedjax_mtl import (
     models,
     tasks,
     topology,
+    trees,
 )
 
 SIZES = (5, 9, 3, 7, 4, 8)
@@ -60,6 +61,16 @@ def make_algorithms(execution=VMAP, num_clients=NUM_CLIENTS):
         "decentralized_fedem": algorithms.decentralized_fedem(
             **decentralised, mixing_matrix=jnp.asarray(graph), num_components=2
         ),
+        "fedgradnorm": algorithms.fedgradnorm(
+            **around,
+            head=trees.under("decoder"),
+            head_plan=batching.steps(2, 4),
+            plan=batching.steps(2, 4),
+            head_learning_rate=0.1,
+            learning_rate=0.1,
+            server_optimizer=optax.adam(0.05),
+        ),
+        "fedrep": algorithms.fedrep(**training, head=trees.under("decoder"), head_plan=batching.steps(2, 4)),
         "fedavg": algorithms.fedavg(**training),
         "fedavg_tuned": algorithms.fedavg_tuned(**training),
         "fedem": algorithms.fedem(**training, num_components=2),

@@ -58,10 +58,18 @@ def test_quick_variants_run(name, prepared, tmp_path):
         config.data.path = str(prepared)
         config.data.stride = 1
         config.data.unseen_fraction = 0.0
+    if config.data.name == "scenes":
+        config.data.data_dir = str(tmp_path / "tfds")
     summary = run.run(config, tmp_path / name)
     final = summary["metrics"]["train_clients"]
-    assert np.isfinite(final["loss"]["final_mean"])
-    assert {"accuracy", "accuracy_bottom_decile", "loss"} <= set(final)
+    assert all(np.isfinite(entry["final_mean"]) for entry in final.values())
+    expected = {
+        "scenes": {"A_depth/depth/rmse", "B_semseg/semseg/miou", "A_depth/loss"},
+        "conflicting_tasks": {"regression/rmse", "classification/accuracy", "regression/loss"},
+        "scaled_tasks": {"normalised_error", "normalised_error_worst_tenth", "loss"},
+    }
+    assert expected.get(config.data.name, {"accuracy", "accuracy_bottom_decile", "loss"}) <= set(final)
+    assert (tmp_path / name / "curves.png").stat().st_size > 1000
 
 
 def test_full_variants_carry_the_papers_settings():
@@ -69,7 +77,7 @@ def test_full_variants_carry_the_papers_settings():
     clients = {name: c.data.get("num_clients") for name, c in settings.items()}
     assert clients["fedem_synthetic"] == 300 and clients["fedem_emnist"] == 100
     assert clients["fedem_cifar10"] == 80 and clients["fedem_cifar100"] == 100
-    for name in set(CONFIGS) - {"fedem_digits"}:
+    for name in {name for name in CONFIGS if name.startswith("fedem")} - {"fedem_digits"}:
         assert settings[name].num_rounds == 200
         assert settings[name].client.batch_size == 128 and settings[name].client.momentum == 0.9
         assert settings[name].algorithm.fedem.num_components == 3
@@ -80,7 +88,10 @@ BAD = {
         {"algorithm.name": "fedsgd"},
         "unknown config.algorithm.name 'fedsgd'; expected one of agnostic, apfl",
     ),
-    "data set": ({"data.name": "mnist"}, "unknown config.data.name 'mnist'; expected one of digits"),
+    "data set": (
+        {"data.name": "mnist"},
+        "unknown config.data.name 'mnist'; expected one of conflicting_tasks, digits",
+    ),
     "model": ({"model.name": "resnet"}, "unknown config.model.name 'resnet'"),
     "partition": (
         {"data.partition": "iid"},
@@ -110,6 +121,53 @@ def test_bad_configs_are_refused_before_anything_is_written(name, tmp_path):
     changes, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         run.run(get("fedem_digits", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+POPULATION_ALGORITHMS = ("fedadam", "fedavg", "fedper", "fedprox", "fedrep", "local")
+GRADNORM_ALGORITHMS = ("equal_weights", "fedper", "fedrep", "local")
+
+
+@pytest.mark.parametrize(
+    "config_name, algorithm",
+    [("feddea_conflicting", a) for a in POPULATION_ALGORITHMS]
+    + [("fedgradnorm_tasks", a) for a in GRADNORM_ALGORITHMS]
+    + [("hota_fedgradnorm", "hota_equal_weights")],
+)
+def test_baselines_run_beside_their_system(config_name, algorithm, tmp_path):
+    config = get(config_name)
+    config.algorithm.name = algorithm
+    config.num_rounds, config.eval_every, config.checkpoint_every = 1, 1, 1
+    summary = run.run(config, tmp_path / "run")
+    assert all(np.isfinite(e["final_mean"]) for e in summary["metrics"]["train_clients"].values())
+    assert (summary["bytes_up_per_round"] == 0) == (algorithm == "local")
+
+
+BAD_POPULATIONS = {
+    "cut": (
+        {"algorithm.name": "fedbone"},
+        "'fedbone' needs a model that can be cut; use --config.model.name=cut",
+    ),
+    "cohort": ({"cohort_size": 2}, "all clients of a heterogeneous population take part; give 0"),
+    "momentum": (
+        {"client.keep_optimizer": True},
+        "keep_optimizer is not offered for heterogeneous populations",
+    ),
+    "keep": ({"algorithm.feddea.keep": 0.0}, r"keep is 0.0; give a share in \(0, 1\]"),
+    "shared": (
+        {"algorithm.feddea.shared": "body"},
+        "unknown config.algorithm shared 'body'; expected one of all",
+    ),
+    "tasks": ({"data.num_tasks": 1}, "num_tasks is 1; give at least 2"),
+    "model": ({"model.name": "mlp"}, "unknown config.model.name 'mlp'; expected one of cut, many_heads"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_POPULATIONS))
+def test_bad_configs_of_populations(name, tmp_path):
+    changes, message = BAD_POPULATIONS[name]
+    with pytest.raises(ValueError, match=message):
+        run.run(get("feddea_conflicting", **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -209,7 +209,7 @@ def test_a_report_of_an_unfinished_run_says_so(tmp_path):
         report.report([tmp_path], tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", sorted(run.build.ALGORITHMS))
+@pytest.mark.parametrize("name", sorted(set(fedem_digits.get_config("quick").algorithm) - {"name"}))
 def test_every_algorithm_runs_from_a_config(name, tmp_path):
     config = fedem_digits.get_config("quick")
     config.algorithm.name = name
