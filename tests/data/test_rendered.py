@@ -264,7 +264,7 @@ def test_planes_are_planar_and_stay_so_when_flipped(samples):
 
 def test_floor_and_ground_are_planar():
     for domain in "AB":
-        view = rendered._look(domain, "train", 0, "small", 0)
+        view = rendered.look(domain, "train", 0, "small", 0)
         ground = view.hits.index == 0
         assert ground.sum() > 50
         points = view.rays[ground] * view.hits.depth[ground][:, None]
@@ -297,7 +297,7 @@ def test_depth_of_rooms(samples):
         np.testing.assert_array_equal(processed[~known], rendered.IGNORE)
         np.testing.assert_array_equal(processed[known], sample["depth"][known])
     assert 0.017 < np.mean([(sample["depth"] == 0).mean() for sample in samples["A"]]) < 0.023
-    true = rendered._look("A", "train", 0, "tiny", 0).hits.depth
+    true = rendered.look("A", "train", 0, "tiny", 0).hits.depth
     known = look_up(samples["A"][0], "depth") > 0
     assert np.isfinite(true).all()
     np.testing.assert_allclose(look_up(samples["A"][0], "depth")[known], true[known], rtol=1e-6)
@@ -390,7 +390,7 @@ def with_extras(request):
     made = []
     for index in range(8):
         sample = rendered.render(request.param, "train", index, "small", extras=True)
-        made.append((rendered._look(request.param, "train", index, "small", 0), sample))
+        made.append((rendered.look(request.param, "train", index, "small", 0), sample))
     return made
 
 
