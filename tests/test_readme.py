@@ -12,12 +12,21 @@ def blocks(language):
 
 
 def test_the_example_runs_and_learns(capsys):
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 18
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     losses = names["run"].metrics["loss"]
     assert losses.shape == (3, 50)
+    assert losses[:, -1].mean() < 0.5 * losses[:, 0].mean()
+
+
+def test_the_server_that_no_paper_has_runs_and_learns():
+    _, example = blocks("python")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    losses = names["run"].metrics["loss"]
+    assert losses.shape == (2, 60)
     assert losses[:, -1].mean() < 0.5 * losses[:, 0].mean()
 
 

@@ -291,7 +291,7 @@ def conflict_averse_weights(
         image = unit @ vector
         largest_seen = jnp.linalg.norm(image)
         vector = image / jnp.maximum(largest_seen, tiny)
-    largest = jnp.minimum(largest, 1.1 * largest_seen + tiny)
+    largest = jnp.maximum(jnp.minimum(largest, 1.1 * largest_seen), tiny)
 
     def step(_, w):
         length = jnp.sqrt(jnp.maximum(w @ unit @ w, 0) + tiny)
