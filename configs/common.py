@@ -168,7 +168,7 @@ def population_algorithms(name: str, *, learning_rate: float, shared: str = "all
         "fedavg": averaging(),
         "feddea": averaging(keep=0.2),
         "fedprox": averaging(proximal_strength=0.05),
-        "fedadam": averaging(server_optimizer="adam", server_step=0.003),
+        "fedadam": averaging(server_optimizer="adam", server_step=0.03),
         "fedper": averaging(shared="encoder"),
         "fedrep": {"learning_rate": learning_rate, "head_steps": 5, "weighting": "uniform"},
         "local": {"learning_rate": learning_rate},

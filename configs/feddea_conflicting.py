@@ -4,7 +4,10 @@
     python -m experiments.report runs/feddea/*/ --output=runs/feddea --reference=local
 
 Controls: the mask alone (``--config.algorithm.feddea.rescale=none``), a larger server step for both (``--config.algorithm.fedavg.server_step=1.5``), FedDEA inside FedProx and
-FedAdam (``--config.algorithm.fedprox.keep=0.2``). RESULT_FEDDEA
+FedAdam (``--config.algorithm.fedprox.keep=0.2``).
+
+Each run takes about ten seconds on one core. Over five draws, improvement over local training at round 20: FedAvg -23.9 %, FedDEA -16.0 % (better on every draw), the mask alone -25.3 %; with a server step of 1.5 FedAvg -15.7 %, FedDEA -11.3 %; with its best step, 4,
+FedAvg reaches -8.8 %, and FedDEA with its own, 3, -8.6 %: level.
 """
 
 from configs import common

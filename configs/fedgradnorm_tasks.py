@@ -3,7 +3,8 @@
     python -m experiments.sweep --config=configs/fedgradnorm_tasks.py --workdir=runs/fedgradnorm --grid=algorithm.name=equal_weights,fedgradnorm --grid=data.seed=0,1,2,3,4
     python -m experiments.report runs/fedgradnorm/*/ --output=runs/fedgradnorm --target=normalised_error_mean=0.3
 
-RESULT_FEDGRADNORM
+Each run takes about half a minute on one core. Over five draws: rounds to a mean normalised error of 0.30, 112 with equal weights and 77 with FedGradNorm; worst task after 300 rounds 0.355 and 0.277.
+With ``"--config.data.scales=(1.0,1.0,1.0,1.0)"``, the negative control, 51 and 51.
 """
 
 from configs import common

@@ -3,7 +3,8 @@
     python -m experiments.sweep --config=configs/hota_fedgradnorm.py --workdir=runs/hota --grid=algorithm.name=hota_equal_weights,hota_fedgradnorm --grid=data.seed=0,1,2,3,4
     python -m experiments.report runs/hota/*/ --output=runs/hota --target=normalised_error_mean=0.35
 
-``:bad_cluster`` gives the first cluster a channel of spread 0.15. RESULT_HOTA
+``:bad_cluster`` gives the first cluster a channel of spread 0.15. Each run takes about half a minute on one core. Over five draws: rounds to 0.35, 57 with equal weights and
+49 with dynamic ones (bad cluster: 62 and 54); worst task after 150 rounds 0.366 and 0.331 (0.388 and 0.345).
 """
 
 from configs import common
