@@ -76,7 +76,8 @@ def without_diverged(cohort: Cohort, finite: jax.Array) -> Cohort:
 
 def is_finite(tree: PyTree) -> jax.Array:
     """Whether every entry of every leaf is a number, bool ``[]``."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    finite = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+    return jax.tree.reduce(jnp.logical_and, finite, jnp.array(True))
 
 
 class CohortInputs(NamedTuple):
