@@ -176,6 +176,7 @@ def population_algorithms(name: str, *, learning_rate: float, shared: str = "all
             "learning_rate": learning_rate,
             "trunk_learning_rate": learning_rate,
             "trunk_optimizer": "adam",
+            "drift_learning_rate": 0.001,  # of the copies, with schedule drift
             "attention": "softmax_cosine",
             "project": True,
             "order": "index",

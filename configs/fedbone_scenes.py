@@ -23,6 +23,7 @@ def get_config(variant: str | None = None):
         "single_task": True,
         "clients_per_group": 1,
         "train_fraction": 1.0,
+        "edge_weight": 0.95,
         "seed": 0,
     }
     model = {

@@ -336,7 +336,13 @@ def _gradnorm_settings(
     minimum: float,
     dynamic: bool,
 ) -> dict[str, Any]:
-    """Of FedGradNorm on a body and a head: norms at the body's last layer, Adam on the server."""
+    """Of FedGradNorm on a body and a head: norms at the body's last layer, Adam on the server, plain SGD on the clients."""
+    plain = make_optimizer.__kwdefaults__
+    changed = [name for name, value in plain.items() if parts.optimizer_settings[name] != value]
+    if changed or parts.keep_optimizer:
+        raise ValueError(
+            f"FedGradNorm's clients train by plain SGD; leave config.client.{(changed or ['keep_optimizer'])[0]} as it is"
+        )
     last = f"dense_{len(_layers(parts)) - 1}"
     return {
         "model": parts.model,
@@ -351,12 +357,17 @@ def _gradnorm_settings(
         "exponent": exponent,
         "measured": lambda path: last in path and path[-1] == "kernel",
         "dynamic": dynamic,
+        "minimum": minimum,
         "execution": parts.execution,
-    } | ({"minimum": minimum} if minimum else {})
+    }
 
 
 def _layers(parts: Parts) -> list[str]:
     params = jax.eval_shape(parts.model.init, jax.random.key(0))
+    if "encoder" not in params or "decoder" not in params:
+        raise ValueError(
+            "FedGradNorm needs a model with encoder and decoder; use --config.model.name=body_and_head"
+        )
     return sorted(params["encoder"])
 
 

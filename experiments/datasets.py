@@ -251,9 +251,15 @@ def conflicting_tasks(
     return PopulationProblem(splits, kinds, (32,), {name: {"heads": num_tasks} for name in kinds})
 
 
-def _dense_task(name: str, domain: str) -> tuple[Task, int]:
+def _dense_task(name: str, domain: str, edge_weight: float) -> tuple[Task, int]:
     """A task of the rendered scenes and its output channels."""
     from fedjax_mtl.data import rendered
+
+    if name not in rendered.TASKS[domain]:
+        known = ", ".join(rendered.TASKS[domain])
+        raise ValueError(
+            f"unknown task {name!r} in config.data.tasks_{domain.lower()}; expected one of {known}"
+        )
 
     dense = tasks.dense
     return {
@@ -263,7 +269,7 @@ def _dense_task(name: str, domain: str) -> tuple[Task, int]:
         ),
         "human_parts": lambda: (dense.segmentation("human_parts", rendered.NUM_PARTS), rendered.NUM_PARTS),
         "normals": lambda: (dense.normals(), 3),
-        "edge": lambda: (dense.edges(), 1),
+        "edge": lambda: (dense.edges(positive_weight=edge_weight), 1),
         "sal": lambda: (dense.saliency(), 2),
         "depth": lambda: (dense.depth(), 1),
     }[name]()
@@ -280,11 +286,13 @@ def scenes(
     single_task: bool,
     clients_per_group: int,
     train_fraction: float,
+    edge_weight: float,
     seed: int,
 ) -> PopulationProblem:
     """Rendered scenes: in each domain a group a task (``single_task``), or one group with all the domain's tasks.
 
     The training images of a domain are dealt evenly to all its clients; everybody is judged on the domain's whole test set.
+    ``edge_weight`` is that of edge pixels in the loss: FMTL-Bench's code has 0.95 everywhere, its paper 0.8 for rooms.
     """
     from fedjax_mtl.data.scenes import load_scenes
 
@@ -295,6 +303,7 @@ def scenes(
     for domain in domains:
         made = load_scenes(domain, size=size, profile=profile, data_dir=data_dir or None)
         labels = {"A": tasks_a, "B": tasks_b}[domain]
+        built = {name: _dense_task(name, domain, edge_weight) for name in labels}
         sets = [(name,) for name in labels] if single_task else [labels]
         num_train, num_test = len(made["train"]["image"]), len(made["test"]["image"])
         chosen = rng.permutation(num_train)[: int(round(train_fraction * num_train))]
@@ -310,10 +319,9 @@ def scenes(
             train[group] = make_federation(examples, own)
             everything = num_train + np.arange(num_test)
             test[group] = make_federation(train[group].examples, [everything] * clients_per_group)
-            built = {n: _dense_task(n, domain) for n in names}
             weights = tasks.dense.LOSS_WEIGHTS[domain]
-            group_tasks[group] = tasks.joint({n: (task, weights[n]) for n, (task, _) in built.items()})
-            outputs[group] = {n: channels for n, (_, channels) in built.items()}
+            group_tasks[group] = tasks.joint({n: (built[n][0], weights[n]) for n in names})
+            outputs[group] = {n: built[n][1] for n in names}
             shape = examples["inputs"].shape[1:]
     return PopulationProblem(data.PopulationSplits(train, test), group_tasks, shape, outputs)
 

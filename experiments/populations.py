@@ -135,6 +135,7 @@ class Parts(NamedTuple):
     execution: Execution | None
     plan: batching.BatchPlan
     schedule: Callable[[jax.Array], jax.Array]
+    constant_rate: bool
     optimizer: Callable[[float], optax.GradientTransformation]
 
     def groups(self, learning_rate: float, personal: trees.PathPredicate, **trainer: Any) -> dict[str, Group]:
@@ -220,6 +221,7 @@ def _fedbone(
     learning_rate: float,
     trunk_learning_rate: float,
     trunk_optimizer: str = "adam",
+    drift_learning_rate: float = 0.001,
     attention: str = "softmax_cosine",
     project: bool = True,
     order: str = "index",
@@ -234,6 +236,11 @@ def _fedbone(
         )
     if parts.plan.num_steps is None:
         raise ValueError("fedbone goes in lock step: set config.client.steps, and config.client.epochs to 0")
+    if parts.execution is not None or not parts.constant_rate or not parts.plan.batch_size:
+        raise ValueError(
+            "fedbone goes in lock step with all clients at once: leave config.execution.mode auto and config.client.schedule constant, and give a "
+            "positive config.client.batch_size"
+        )
     groups = {
         name: algorithms.SplitGroup(
             upper, parts.problem.tasks[name], parts.problem.splits.train[name].num_clients
@@ -256,7 +263,7 @@ def _fedbone(
             server.gp_aggregation(attention=attention, project=project, order=order), optimizer
         ),
         schedule=schedule,
-        trunk_learning_rate=learning_rate,
+        trunk_learning_rate=drift_learning_rate,
         embedding_sync=embedding_sync,
         weighting=weighting,
     )
@@ -283,7 +290,8 @@ def make_algorithm(
     group_models = build.call(factory, {"problem": problem, **settings}, "config.model")
     client = dict(config.client)
     plan = build.make_plan(**{name: client.pop(name) for name in ("batch_size", "epochs", "steps")})
-    schedule = build.make_schedule(client.pop("schedule"), config.num_rounds)
+    schedule_name = client.pop("schedule")
+    schedule = build.make_schedule(schedule_name, config.num_rounds)
     if client.pop("keep_optimizer"):
         raise ValueError(
             "config.client.keep_optimizer is not offered for heterogeneous populations; leave it False"
@@ -298,6 +306,7 @@ def make_algorithm(
         execution,
         plan,
         schedule,
+        schedule_name == "constant",
         lambda rate: build.make_optimizer(learning_rate=rate, **client),
     )
     name = config.algorithm.name

@@ -146,7 +146,7 @@ def federated(
     where the server sees by name ``weights``, ``losses``, ``client_ids``, ``present`` (``[cohort]`` each), ``reports`` (all metrics of the clients) and ``key``. A server that begins with
     ``average_clients()`` never holds the cohort's updates: they are summed as they come.
 
-    A client whose update or loss is not finite counts as absent in that round, for the server and in what it keeps; the metric ``diverged`` is the number of such clients. (With a fused
+    A client whose update, loss or state is not finite counts as absent in that round, for the server and in what it keeps; the metric ``diverged`` is the number of such clients. (With a fused
     average clients are told apart by their loss; an update that overflows after it voids the round for all.) Weights that sum to zero make no step.
 
     Args:
@@ -182,12 +182,14 @@ def federated(
             result = client.update(params, own_state, me, client_key(round_key, me.client_id))
             if fused:
                 # The loss alone: another pass over every client's update costs small models a twentieth of a round.
-                finite = jnp.isfinite(result.metrics["loss"]) | (me.size == 0)
+                finite = is_finite((result.metrics["loss"], result.state)) | (me.size == 0)
                 term = jax.tree.map(
                     lambda x: jnp.where(finite, weight * x, 0).astype(x.dtype), result.pseudo_gradient
                 )
                 return term, (result._replace(pseudo_gradient=()), finite)
-            finite = is_finite((result.pseudo_gradient, result.metrics["loss"])) | (me.size == 0)
+            finite = is_finite((result.pseudo_gradient, result.metrics["loss"], result.state)) | (
+                me.size == 0
+            )
             return (), (result, finite)
 
         client_round_key, server_key = jax.random.split(key)

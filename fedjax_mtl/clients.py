@@ -55,7 +55,7 @@ class Trained(NamedTuple):
 
     Attributes:
         params, optimizer: parameters and optimiser state after the last step.
-        loss: mean loss over the steps. first_loss: of the first step, before it changed anything; NaN without a step.
+        loss: mean loss over the steps. first_loss: of the first step, before it changed anything; 0 without a step.
         num_steps: steps made.
         first_norm, mean_norm: l2 norm of the watched gradient leaves, at the first step and averaged over the steps; 0 if nothing is watched.
     """
@@ -114,10 +114,10 @@ def train(
     zero = jnp.zeros((2,) if watches else ())
     carry = (params, optimizer_state, zero, jnp.full_like(zero, jnp.nan))
     (params, state, total, first), done = for_each_batch(step, carry, client, plan, key, example_weights)
-    mean = total / jnp.maximum(done, 1)
+    mean, first = total / jnp.maximum(done, 1), jnp.where(done > 0, first, 0)
     if not watches:
         return Trained(params, state, mean, first, done, jnp.zeros(()), jnp.zeros(()))
-    return Trained(params, state, mean[0], first[0], done, jnp.where(done > 0, first[1], 0), mean[1])
+    return Trained(params, state, mean[0], first[0], done, first[1], mean[1])
 
 
 def local_losses(

@@ -64,7 +64,7 @@ def split_traffic(
         one_way,
         2 * bytes_per_value * encoder,
         2 * bytes_per_value * (encoder + upper_parameters),
-        trunk_parameters / per_step,
+        (encoder - shared) / per_step,
     )
 
 

@@ -103,6 +103,13 @@ def evaluate_population(
             raise ValueError(
                 f"group {missing[0]!r} has no task to be judged on; tasks are given for {sorted(tasks)}"
             )
+        for name, federation in population.items():
+            there = jax.tree.leaves(state.clients[name])
+            if there and there[0].shape[0] != federation.num_clients:
+                raise ValueError(
+                    f"the state has {there[0].shape[0]} clients in group {name!r} but the federation to judge has "
+                    f"{federation.num_clients}; adapt the state to its clients first"
+                )
         return {name: one_group(name)(state, population[name]) for name in sorted(population)}
 
     return evaluate

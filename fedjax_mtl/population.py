@@ -54,7 +54,8 @@ class PopulationState(NamedTuple):
 
     Attributes:
         round: int32 ``[]``; rounds done.
-        params: all groups' parameters, merged; leaves that do not travel stay as initialised.
+        params: the parameters that travel, of all groups, merged.
+        personal: the leaves that do not travel, by group, as initialised; newcomers start from them.
         server: the state of the server's transformations, for what all groups share.
         owners: those for what some groups own, by the owners' names joined by ``+``.
         clients: what each client keeps, by group, leaves ``[clients of the group, ...]``.
@@ -62,6 +63,7 @@ class PopulationState(NamedTuple):
 
     round: jax.Array
     params: PyTree
+    personal: dict[str, PyTree]
     server: optax.OptState
     owners: dict[str, optax.OptState]
     clients: dict[str, PyTree]
@@ -74,9 +76,9 @@ class _Layout(NamedTuple):
     common: tuple[trees.Path, ...]
     owned: dict[str, tuple[trees.Path, ...]]
 
-    def of_group(self, name: str, params: PyTree) -> PyTree:
-        """A group's parameters out of all."""
-        leaves = trees.leaves_by_path(params)
+    def of_group(self, name: str, params: PyTree, personal: dict[str, PyTree]) -> PyTree:
+        """A group's parameters: its part of those that travel, and its own."""
+        leaves = trees.leaves_by_path(params) | trees.leaves_by_path(personal[name])
         return trees.from_paths({path: leaves[path] for path in trees.leaves_by_path(self.templates[name])})
 
 
@@ -92,14 +94,15 @@ def _layout(groups: dict[str, Group]) -> _Layout:
     shapes: dict[trees.Path, tuple[str, Any]] = {}
     for name in sorted(groups):
         for path, leaf in trees.leaves_by_path(templates[name]).items():
+            if not groups[name].client.shared(path):
+                continue
             first, known = shapes.setdefault(path, (name, leaf))
             if (known.shape, known.dtype) != (leaf.shape, leaf.dtype):
                 raise ValueError(
                     f"{'/'.join(path)} is {known.shape} in group {first!r} but {leaf.shape} in group {name!r}; parameters of one "
-                    "name are shared, so give them one shape or different names"
+                    "name that travel are shared, so give them one shape, different names, or keep them personal"
                 )
-            if groups[name].client.shared(path):
-                owners.setdefault(path, []).append(name)
+            owners.setdefault(path, []).append(name)
     common = tuple(path for path, names in owners.items() if len(names) == len(groups))
     owned: dict[str, tuple[trees.Path, ...]] = {}
     for path, names in owners.items():
@@ -144,7 +147,8 @@ def heterogeneous(
     """Clients with different tasks around one server.
 
     Leaves that travel (``client.shared``) in every group go through ``server``, whose client axis runs over all groups' cohorts, groups in the
-    order of their names: its ``client_ids`` count through the whole population (:func:`client_offsets`), its ``weights`` sum to 1 over all. Leaves that
+    order of their names: its ``client_ids`` count through the whole population (:func:`client_offsets`), its ``weights`` are those of ``weighting`` over all clients together (a function is
+    applied to each group's cohort and its values taken as they are). Leaves that
     travel in some groups only (the decoder of a task with several groups or clients) go through an instance of ``owners_server`` among their owners, whose weights
     sum to 1 among them. Leaves that do not travel stay with each client. The server's ``reports`` hold the metrics that all groups have.
 
@@ -156,7 +160,7 @@ def heterogeneous(
         weighting, execution: as for :func:`fedjax_mtl.algorithm.federated`; execution applies within each group, by default chosen for its model.
 
     Raises:
-        ValueError: no group, an empty one, parameters of one name with different shapes.
+        ValueError: no group, an empty one, parameters of one name that travel with different shapes.
     """
     _check_groups(groups)
     names = sorted(groups)
@@ -170,27 +174,32 @@ def heterogeneous(
 
     def init(key):
         params: PyTree = {}
-        clients = {}
+        personal, clients = {}, {}
         for name in reversed(names):  # of parameters with one name, the first group's count
-            params = _put(params, groups[name].init_params(key))
+            made = trees.leaves_by_path(groups[name].init_params(key))
+            travels = groups[name].client.shared
+            params = _put(params, trees.from_paths({p: leaf for p, leaf in made.items() if travels(p)}))
+            personal[name] = trees.from_paths({p: leaf for p, leaf in made.items() if not travels(p)})
         for name in names:
-            own = groups[name].client.init(layout.of_group(name, params))
+            own = groups[name].client.init(layout.of_group(name, params, personal))
             clients[name] = trees.broadcast_clients(own, sizes[name])
         owners = {who: owners_server.init(_pick(params, paths)) for who, paths in layout.owned.items()}
         start = server.init(_pick(params, layout.common)) if layout.common else ()
-        return PopulationState(jnp.zeros((), jnp.int32), params, start, owners, clients)
+        return PopulationState(jnp.zeros((), jnp.int32), params, personal, start, owners, clients)
 
     def train_group(name, state, cohort, key):
         """One group's updates, and its cohort without those that diverged."""
         client = groups[name].client
-        params = layout.of_group(name, state.params)
+        params = layout.of_group(name, state.params, state.personal)
         how = default_execution(params) if execution is None else execution
 
         def one_client(shared, own, own_state):
             params, examples, round_index, round_key = shared
             me = view(examples, own, round_index, round_key)
             result = client.update(params, own_state, me, client_key(round_key, me.client_id))
-            finite = is_finite((result.pseudo_gradient, result.metrics["loss"])) | (me.size == 0)
+            finite = is_finite((result.pseudo_gradient, result.metrics["loss"], result.state)) | (
+                me.size == 0
+            )
             return result, finite
 
         results, finite = map_clients(one_client, how, cohort.federation.sizes)(
@@ -214,7 +223,7 @@ def heterogeneous(
         weights = _population_weights(weighting, present)
         reported = set.intersection(*(set(results[name].metrics) for name in names))
 
-        def facts(members):
+        def facts(members, own_key):
             joined = jnp.concatenate([weights[name] for name in members])
             return {
                 "weights": joined / jnp.maximum(jnp.sum(joined), 1e-30)
@@ -227,34 +236,36 @@ def heterogeneous(
                 },
                 "client_ids": jnp.concatenate([offsets[n] + present[n].client_ids for n in members]),
                 "present": jnp.concatenate([present[name].present for name in members]),
-                "key": server_key,
+                "key": own_key,
             }
 
-        def step(transformation, transformation_state, paths, members):
+        def step(transformation, transformation_state, paths, members, number):
             part = _pick(state.params, paths)
             updates = _join([_pick(results[name].pseudo_gradient, paths) for name in members])
-            steps, new = transformation.update(updates, transformation_state, part, **facts(members))
+            steps, new = transformation.update(
+                updates, transformation_state, part, **facts(members, jax.random.fold_in(server_key, number))
+            )
             check_step(steps, part)
             return optax.apply_updates(part, steps), new
 
         params, server_state, owners = state.params, state.server, {}
         if layout.common:
-            moved, server_state = step(server, state.server, layout.common, names)
+            moved, server_state = step(server, state.server, layout.common, names, 0)
             params = _put(params, moved)
-        for who, paths in layout.owned.items():
-            moved, owners[who] = step(owners_server, state.owners[who], paths, who.split("+"))
+        for number, (who, paths) in enumerate(sorted(layout.owned.items()), 1):
+            moved, owners[who] = step(owners_server, state.owners[who], paths, who.split("+"), number)
             params = _put(params, moved)
         clients = {
             name: trees.put_clients(state.clients[name], c.client_ids, results[name].state, c.present)
             for name, c in present.items()
         }
-        state = PopulationState(state.round + 1, params, server_state, owners, clients)
+        state = PopulationState(state.round + 1, params, state.personal, server_state, owners, clients)
         return state, _metrics({name: results[name].metrics for name in names}, present, lost, reported)
 
     def predict(state, client_ids, inputs):
         outputs = {}
         for name, ids in client_ids.items():
-            params = layout.of_group(name, state.params)
+            params = layout.of_group(name, state.params, state.personal)
             own = trees.take_clients(state.clients[name], ids)
             outputs[name] = jax.vmap(groups[name].client.predict, (None, 0, 0))(params, own, inputs[name])
         return outputs
@@ -263,7 +274,7 @@ def heterogeneous(
         clients = dict(state.clients)
         for index, name in enumerate(names):
             if name in newcomers:
-                params = layout.of_group(name, state.params)
+                params = layout.of_group(name, state.params, state.personal)
                 how = default_execution(params) if execution is None else execution
                 own_key = jax.random.fold_in(key, index)
                 clients[name] = adapt_clients(
@@ -275,7 +286,9 @@ def heterogeneous(
         """The mean over clients: what a group's clients send is the leaves that travel in it."""
         total = 0
         for name in names:
-            moving = trees.partition(layout.of_group(name, state.params), groups[name].client.shared)[0]
+            moving = trees.partition(
+                layout.of_group(name, state.params, state.personal), groups[name].client.shared
+            )[0]
             total += sizes[name] * costs.tree_bytes(moving)
         size = int(round(total / sum(sizes.values())))
         return size, size

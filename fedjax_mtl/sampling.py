@@ -159,22 +159,3 @@ def straggling(sampler: Sampler, budget: Callable[[jax.Array, Cohort], jax.Array
         return cohort._replace(budgets=budget(budget_key, cohort).astype(jnp.int32))
 
     return sample
-
-
-def sample_population(
-    samplers: dict[str, Sampler], key: jax.Array, round_index: jax.Array, population: Population
-) -> dict[str, Cohort]:
-    """One cohort a group of a heterogeneous population, each by its own sampler and key.
-
-    Raises:
-        ValueError: samplers and population do not name the same groups.
-    """
-    if set(samplers) != set(population):
-        raise ValueError(
-            f"samplers are given for {sorted(samplers)} but the population has the groups {sorted(population)}"
-        )
-    names = sorted(population)
-    keys = jax.random.split(key, len(names))
-    return {
-        name: samplers[name](k, round_index, population[name]) for name, k in zip(names, keys, strict=True)
-    }

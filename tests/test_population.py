@@ -98,7 +98,9 @@ def test_groups_of_one_task_are_one_federation():
             execution=VMAP,
         )
         theirs = together.init(KEY)
-        ours = apart.init(KEY)._replace(params=theirs.params)
+        ours = apart.init(KEY)
+        travelling = {name: theirs.params[name] for name in ours.params}
+        ours = ours._replace(params=travelling)
         ours = ours._replace(
             clients={
                 "a": jax.tree.map(lambda x: x[:2], theirs.clients),
@@ -108,7 +110,7 @@ def test_groups_of_one_task_are_one_federation():
         ours, metrics = apart.round(ours, cohorts_of(parts), KEY)
         cohort = sampling.make_cohort(whole, jnp.arange(5))
         theirs, reference = together.round(theirs, cohort, KEY)
-        assert_trees_close(ours.params, theirs.params)
+        assert_trees_close(ours.params, {name: theirs.params[name] for name in travelling})
         joined = jax.tree.map(lambda *x: jnp.concatenate(x), ours.clients["a"], ours.clients["b"])
         assert_trees_close(joined, theirs.clients)
         np.testing.assert_allclose(metrics["loss"], reference["loss"], rtol=1e-5)
@@ -118,7 +120,11 @@ def test_nobody_holds_a_decoder_that_it_does_not_train():
     state = make().init(KEY)
     assert set(state.clients["a"].personal["decoders"]) == {"first"}
     assert set(state.clients["b"].personal["decoders"]) == {"second"}
-    assert set(state.params["decoders"]) == {"first", "second"}
+    assert set(state.params) == {"encoder"}
+    assert {name: set(own["decoders"]) for name, own in state.personal.items()} == {
+        "a": {"first"},
+        "b": {"second"},
+    }
     assert not state.owners
     same = two_part_model("first", 3).init(KEY)["encoder"]["w"]
     np.testing.assert_array_equal(state.params["encoder"]["w"], same)
@@ -238,6 +244,26 @@ def test_adapted_newcomers_are_served():
     after = judge(adapted, newcomers)
     assert after["a"]["loss"].shape == (4,)
     assert after["a"]["loss"].mean() < before["a"]["loss"].mean()
+
+
+def test_personal_leaves_of_one_name_may_differ_in_shape():
+    """Two domains whose decoders of one task have different outputs share the encoder."""
+    groups = {"a": group("first", 3, 2, personal=DECODERS), "b": group("first", 2, 3, personal=DECODERS)}
+    algorithm = make(groups)
+    state, _ = algorithm.round(algorithm.init(KEY), cohorts_of(POPULATION), KEY)
+    assert state.clients["a"].personal["decoders"]["first"]["w"].shape == (2, 3, 3)
+    assert state.clients["b"].personal["decoders"]["first"]["w"].shape == (3, 3, 2)
+
+
+def test_servers_of_different_parts_draw_their_own_noise():
+    groups = {"a": group("first", 3, 2), "b": group("second", 3, 3)}
+    noisy = optax.chain(server.private_average(1e-6, 1e6), optax.sgd(1.0))
+    algorithm = make(groups, noisy, owners_server=noisy)
+    state = algorithm.init(KEY)
+    new, _ = algorithm.round(state, cohorts_of(POPULATION), KEY)
+    moved = optax.tree.sub(new.params, state.params)["decoders"]
+    # Cohorts of 2 and 3 divide the same noise by different numbers; the noise itself must differ.
+    assert not np.allclose(2 * moved["first"]["w"], 3 * moved["second"]["w"], rtol=1e-2)
 
 
 def test_bad_groups():

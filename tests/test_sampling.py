@@ -59,16 +59,6 @@ def test_availability_follows_the_trace():
     assert np.array(second.present).all()
 
 
-def test_a_heterogeneous_population():
-    population = {"depth": FEDERATION, "normals": FEDERATION.take(jnp.array([0, 1]))}
-    samplers = {"depth": sampling.uniform(3), "normals": sampling.full_participation()}
-    cohorts = sampling.sample_population(samplers, KEY, jnp.int32(0), population)
-    assert cohorts["depth"].client_ids.shape == (3,)
-    assert cohorts["normals"].client_ids.shape == (2,)
-    with pytest.raises(ValueError, match=r"samplers are given for \['depth'\] but the population has"):
-        sampling.sample_population({"depth": sampling.uniform(3)}, KEY, 0, population)
-
-
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [

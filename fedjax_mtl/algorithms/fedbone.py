@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_mtl import costs, trees
-from fedjax_mtl.algorithm import Algorithm, cohort_inputs, is_finite, view
+from fedjax_mtl.algorithm import Algorithm, check_step, cohort_inputs, is_finite, view
 from fedjax_mtl.batching import Batch, draw_batch
 from fedjax_mtl.federation import Cohort
 from fedjax_mtl.population import client_offsets
@@ -77,11 +77,11 @@ def fedbone(
         server: over the clients' trunk gradients ``[clients, ...]``, e.g. ``optax.chain(gp_aggregation(), optax.sgd(0.1))``; groups follow each other by name.
         schedule: ``step``, one server step for every step of the clients; ``round``, the trunk is frozen in a round and each client's gradients are averaged; ``drift``, each
             client's copy of the trunk takes SGD steps of ``trunk_learning_rate`` and the server sees (start - end) / (rate * steps).
-        embedding_sync: after each round ``fedavg`` (mean by examples over those present), ``local`` (each keeps its own), or ``frozen`` (never trained).
+        embedding_sync: after each round ``fedavg`` (mean by examples over those present, sent to all clients), ``local`` (each keeps its own), or ``frozen`` (never trained).
         weighting: of the trunk gradients, ``uniform`` or ``samples``.
         wire_dtype: type of the messages, e.g. ``jnp.bfloat16``; default as computed.
 
-    A client whose loss or trunk gradient is not finite counts as absent in that step (``diverged`` counts them). Newcomers (``adapt``) get the mean embedding and an untrained upper part.
+    A client whose loss, trunk gradient or own parts are not finite counts as absent in that step (``diverged`` counts them). Newcomers (``adapt``) get the mean embedding and an untrained upper part.
 
     Raises:
         ValueError: no group, a group without clients, an unknown choice.
@@ -96,7 +96,7 @@ def fedbone(
             raise ValueError(
                 f"group {name!r} has {group.num_clients} clients; a task without clients cannot be learned, drop it"
             )
-    if num_steps < 1 or batch_size < 1:
+    if not batch_size or num_steps < 1 or batch_size < 1:
         raise ValueError(f"num_steps is {num_steps} and batch_size {batch_size}; give at least 1 of each")
     server = optax.with_extra_args_support(server)
     names = sorted(groups)
@@ -146,7 +146,7 @@ def fedbone(
             batches = jax.vmap(draw)(cohort_inputs(cohort))
             own_trunk = trunk_params[name] if copies else trunk_params
             new, gradient, loss = one_group_step(name, own_trunk, clients[name], batches, copies)
-            finite = jax.vmap(is_finite)((gradient, loss))
+            finite = jax.vmap(is_finite)((gradient, loss, new.lower, new.upper))
             counts = cohort.present & finite
             moved[name] = _where_clients(counts, new, clients[name])
             gradients.append(gradient)
@@ -169,6 +169,7 @@ def fedbone(
             present=there,
             key=key,
         )
+        check_step(steps, params)
         return optax.apply_updates(params, steps), server_state
 
     def one_round(state, cohorts, key):
@@ -179,12 +180,12 @@ def fedbone(
         clients = {n: trees.take_clients(state.clients[n], cohorts[n].client_ids) for n in names}
         run = {"step": step_round, "round": frozen_round, "drift": drifting_round}[schedule]
         params, server_state, clients, losses, there, statistics = run(state, clients, cohorts, key)
-        if embedding_sync == "fedavg":
-            clients = synchronise(clients, cohorts)
         kept = {
             n: trees.put_clients(state.clients[n], cohorts[n].client_ids, clients[n], cohorts[n].present)
             for n in names
         }
+        if embedding_sync == "fedavg":
+            kept = synchronise(kept, clients, cohorts)
         present = jnp.concatenate([cohorts[name].present for name in names])
         metrics = _mean_losses(losses, there, names, cohorts) | statistics
         metrics["diverged"] = jnp.sum(present & ~jnp.all(there, axis=0)).astype(jnp.float32)
@@ -251,15 +252,19 @@ def fedbone(
         )
         return params, server_state, clients, losses, there, aggregation_statistics(server_state)
 
-    def synchronise(clients, cohorts):
-        """The mean embedding by examples, for everybody present; optimiser moments stay local."""
+    def synchronise(population, clients, cohorts):
+        """The mean embedding of those present, by examples, sent to everybody; optimiser moments stay local."""
         weights = {name: jnp.where(cohorts[name].present, cohorts[name].shares, 0) for name in names}
-        total = jnp.maximum(sum(jnp.sum(w) for w in weights.values()), 1e-30)
-        parts = [trees.weighted_sum(weights[name] / total, clients[name].lower) for name in names]
+        total = sum(jnp.sum(w) for w in weights.values())
+        shares = {name: w / jnp.maximum(total, 1e-30) for name, w in weights.items()}
+        parts = [trees.weighted_sum(shares[name], clients[name].lower) for name in names]
         mean = jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
-        return {
-            n: clients[n]._replace(lower=trees.broadcast_clients(mean, clients_in(clients[n]))) for n in names
-        }
+
+        def receive(state):
+            everybody = trees.broadcast_clients(mean, clients_in(state))
+            return state._replace(lower=trees.where(total > 0, everybody, state.lower))
+
+        return {name: receive(population[name]) for name in names}
 
     def predict(state, client_ids, inputs):
         def one(own, x, name):

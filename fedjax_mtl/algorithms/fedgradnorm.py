@@ -60,6 +60,26 @@ def alternating_client(
     )
 
 
+def mean_gradients(learning_rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Pseudo-gradients of plain SGD as mean gradients along the local path, ``[clients, ...] -> [clients, ...]``: divided by learning rate and steps made.
+
+    Extra arguments used: ``reports`` with ``num_steps`` ``[clients]``.
+    """
+
+    def update(updates, state, params=None, *, reports, **extra_args):
+        del params, extra_args
+        return trees.scale_clients(1 / (learning_rate * jnp.maximum(reports["num_steps"], 1)), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _check_plan(plan: BatchPlan) -> None:
+    if plan.num_steps is None or (isinstance(plan.num_steps, int) and plan.num_steps < 1):
+        raise ValueError(
+            "fedgradnorm needs a plan of local steps (batching.steps, at least 1), whose mean gradient is sent"
+        )
+
+
 class WeightedClientState(NamedTuple):
     """What a client that weighs its own loss keeps: the weight it was sent last, and its trainer's state."""
 
@@ -115,7 +135,7 @@ def fedgradnorm(
 ) -> Algorithm:
     """FedGradNorm, and with ``dynamic=False`` its equal-weight twin (FedRep with a server optimiser).
 
-    Local training is plain SGD, so the pseudo-gradient divided by ``learning_rate * steps`` is the mean gradient g_i along the local path, which is
+    Local training is plain SGD, so the pseudo-gradient divided by learning rate and steps made is the mean gradient g_i along the local path, which is
     what a client sends; then ``omega <- server_optimizer(mean_i p_i g_i)`` with the new weights p.
 
     Args:
@@ -135,10 +155,7 @@ def fedgradnorm(
     """
     if norms not in NORMS:
         raise ValueError(f"unknown norms {norms!r}; expected one of {', '.join(NORMS)}")
-    if plan.num_steps is None:
-        raise ValueError(
-            "fedgradnorm needs a plan of local steps (batching.steps), whose mean gradient is sent"
-        )
+    _check_plan(plan)
 
     def make_client(task):
         return alternating_client(
@@ -165,9 +182,7 @@ def fedgradnorm(
         already_weighted=local_weighting,
     )
     rest = optax.identity() if before_average is None else before_average
-    server = optax.chain(
-        optax.scale(1 / (learning_rate * plan.num_steps)), weigh, rest, average_clients(), server_optimizer
-    )
+    server = optax.chain(mean_gradients(learning_rate), weigh, rest, average_clients(), server_optimizer)
     algorithm = federated(
         model.init,
         _self_weighting(make_client, task) if local_weighting else make_client(task),
@@ -215,6 +230,7 @@ def hota_fedgradnorm(
     Client ``l * cluster_size + i`` does task i in cluster l. Arguments as for :func:`fedgradnorm`; ``channel`` (``threshold``, ``fading``, ``noise``,
     ``transmit_scale``, ``power``) as for ``server.over_the_air_gradnorm``. Needs everybody in every round.
     """
+    _check_plan(plan)
     client = alternating_client(
         model,
         task,
@@ -233,7 +249,7 @@ def hota_fedgradnorm(
         measured=measured,
         **channel,
     )
-    server = optax.chain(optax.scale(1 / (learning_rate * plan.num_steps)), air, server_optimizer)
+    server = optax.chain(mean_gradients(learning_rate), air, server_optimizer)
     return federated(
         model.init,
         client,

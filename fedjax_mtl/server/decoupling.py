@@ -114,6 +114,8 @@ def decouple_updates(
         updates = trees.mask_clients(updates, present)
         chosen, rest = trees.partition(updates, applied_to)
         leaves, structure = jax.tree.flatten(chosen)
+        if not leaves:
+            raise ValueError("applied_to selects no leaf of the updates; name a shared part")
         count = leaves[0].shape[0]
         kept, masks = jax.vmap(one_client)([leaf.reshape(count, -1) for leaf in leaves])
         if denominator == "selected":

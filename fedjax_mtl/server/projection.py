@@ -174,7 +174,7 @@ def gp_aggregation(
         temperature: of the softmax.
         order, granularity: as for :func:`project_conflicts`.
         history_decay: 0 keeps the last aggregate, d > 0 the running mean ``d * history + (1 - d) * aggregate``.
-        groups: int ``[population]``; updates of clients of one group (e.g. one task) are averaged first.
+        groups: int ``[population]``; updates of clients of one group (e.g. one task) are averaged by their weights first, and the group weighs their sum.
 
     Extra arguments used: ``weights`` (default uniform), ``client_ids``, ``present``, ``key`` (random order).
     """
@@ -242,15 +242,16 @@ def gp_aggregation(
 
 
 def _group_means(groups, ids, there, weights):
-    """Rows that average each group into its first present member: ``(matrix [clients, clients], who is left, their weights)``."""
+    """Rows that average each group, by weight, into its first present member: ``(matrix [clients, clients], who is left, their weights)``."""
     count = ids.shape[0]
     if groups is None:
         return jnp.eye(count), there, weights
     own = jnp.asarray(groups)[ids]
     together = (own[:, None] == own[None, :]) & there[:, None] & there[None, :]
     first = there & (jnp.argmax(together, axis=1) == jnp.arange(count))
-    members = jnp.where(first[:, None], together, False)
-    return members / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1), first, members @ weights
+    members = jnp.where(first[:, None] & together, weights, 0)
+    total = jnp.sum(members, axis=1)
+    return members / jnp.where(total > 0, total, 1)[:, None], first, total
 
 
 def _statistics(gram, there, attend, row, weights):

@@ -67,7 +67,7 @@ def normalize_gradients(
     """FedGradNorm's dynamic weights (arXiv 2203.13663; GradNorm, arXiv 1711.02257), ``[clients, ...] -> [clients, ...]``.
 
     Every client's update is multiplied by its weight, which moves so that the norms of the weighted updates approach a common scale, larger for clients that
-    have learned little. Weights start at 1. Those of absent clients are frozen; a client whose loss or update is not finite counts as absent.
+    have learned little. Weights start at 1. Those of absent clients are frozen; a client whose loss or measured norm is not finite counts as absent.
 
     Args:
         num_clients: clients in the population.
@@ -88,7 +88,11 @@ def normalize_gradients(
     def init(params):
         if not jax.tree.leaves(trees.partition(params, measured)[0]):
             raise ValueError("measured selects no leaf of the shared parameters; name a shared layer")
-        first = jnp.zeros(num_clients) if initial_losses is None else jnp.asarray(initial_losses)
+        first = jnp.zeros(num_clients) if initial_losses is None else jnp.asarray(initial_losses, float)
+        if first.shape != (num_clients,):
+            raise ValueError(
+                f"initial_losses has shape {first.shape} for {num_clients} clients; give one a client"
+            )
         return NormalizeGradientsState(jnp.ones_like(first), first)
 
     def update(updates, state, params=None, *, losses, client_ids, present=None, reports=None, **extra_args):

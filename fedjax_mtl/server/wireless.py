@@ -19,16 +19,23 @@ def rayleigh_gains(key: jax.Array, like: PyTree, spread: jax.Array) -> PyTree:
 
 
 def over_the_air_sum(
-    gradients: PyTree, gains: PyTree, noise: PyTree, threshold: float, transmit_scale: jax.Array | float
+    gradients: PyTree,
+    gains: PyTree,
+    noise: PyTree,
+    threshold: float,
+    transmit_scale: jax.Array | float,
+    active: jax.Array | None = None,
 ) -> PyTree:
     """One analog aggregation by truncated channel inversion, ``[clusters, ...] -> [...]`` (HOTA-FedGradNorm, arXiv 2212.07414).
 
     Every cluster transmits ``scale * gradient / gain`` where its power gain reaches the threshold; the sum arrives with noise and is divided by the
-    scale and by how many transmitted. An entry on which nobody transmits is 0.
+    scale and by how many transmitted. An entry on which nobody transmits is 0. Clusters that are not ``active`` (bool ``[clusters]``) are silent.
     """
 
     def receive(gradient, gain, noise):
         clear = jnp.square(gain) >= threshold
+        if active is not None:
+            clear = clear & active.reshape((-1,) + (1,) * (gain.ndim - 1))
         sent = jnp.where(clear, transmit_scale * gradient / jnp.where(clear, gain, 1), 0)
         count = jnp.sum(clear, axis=0)
         received = jnp.sum(gain * sent, axis=0) + noise
@@ -82,7 +89,8 @@ def over_the_air_gradnorm(
     total = num_clusters * cluster_size
 
     def init(params):
-        del params
+        if not jax.tree.leaves(trees.partition(params, measured)[0]):
+            raise ValueError("measured selects no leaf of the shared parameters; name a shared layer")
         shape = (num_clusters, cluster_size)
         return NormalizeGradientsState(jnp.ones(shape), jnp.zeros(shape))
 
@@ -122,7 +130,9 @@ def over_the_air_gradnorm(
         clusters = jax.vmap(trees.weighted_sum)(shares, updates)
         scale = transmit_scale if power is None else _power_scale(clusters, gains, threshold, power)
         drawn = optax.tree.random_like(noise_key, jax.tree.map(lambda x: x[0], clusters))
-        received = over_the_air_sum(clusters, gains, optax.tree.scale(noise, drawn), threshold, scale)
+        received = over_the_air_sum(
+            clusters, gains, optax.tree.scale(noise, drawn), threshold, scale, jnp.any(there, axis=1)
+        )
         return received, NormalizeGradientsState(weights, first)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -261,6 +261,45 @@ def test_absent_and_diverged_clients_have_no_influence(schedule):
     assert_trees_close(diverged.params, without.params, rtol=1e-4, atol=1e-5)
 
 
+def test_a_synchronised_embedding_reaches_absent_clients():
+    population = random_population({"a": 3})
+    algorithm = make()
+    state = algorithm.init(KEY)
+    cohort = sampling.make_cohort(population["a"], jnp.array([0, 2]))
+    new, _ = algorithm.round(state, {"a": cohort}, KEY)
+    own = new.clients["a"].lower["P"]
+    np.testing.assert_allclose(own, jnp.broadcast_to(own[:1], own.shape))
+    assert not np.allclose(own[1], state.clients["a"].lower["P"][1])
+    nobody = sampling.make_cohort(population["a"], jnp.arange(3), jnp.zeros(3, bool))
+    kept, _ = algorithm.round(state, {"a": nobody}, KEY)
+    assert_trees_close(kept.clients, state.clients)
+    assert_trees_close(kept.params, state.params)
+
+
+def test_a_clients_own_parts_that_diverge_stay_with_it():
+    """The embedding's gradient is NaN where the trunk's is not."""
+    lower = split.Part(
+        LINEAR.init, lambda p, x: x @ p["P"] + 0 * jnp.sqrt(jnp.sum(jnp.square(p["P"])) * x[..., :1] ** 2)
+    )
+    population = random_population({"a": 3}, size=2)
+    zero = jnp.asarray(population["a"].examples["inputs"]).at[2:4].set(0.0)
+    population["a"] = population["a"]._replace(examples={**population["a"].examples, "inputs": zero})
+    groups = {"a": algorithms.SplitGroup(readout(), SQUARED, 3)}
+    algorithm = algorithms.fedbone(
+        lower,
+        TANH,
+        groups,
+        jnp.zeros((1, 2, 3)),
+        num_steps=1,
+        batch_size=2,
+        client_optimizer=optax.sgd(0.1),
+        server=optax.chain(server.gp_aggregation(), optax.sgd(0.5)),
+    )
+    new, metrics = algorithm.round(algorithm.init(KEY), cohorts_of(population), KEY)
+    assert metrics["diverged"] == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+
+
 def test_simulated_predicted_adapted():
     counts = {"a": 2, "b": 1}
     groups = {
@@ -348,5 +387,8 @@ def test_bad_arguments():
         make(0)
     with pytest.raises(ValueError, match="num_steps is 0"):
         make(num_steps=0)
+    with pytest.raises(ValueError, match=r"put average_clients\(\)"):
+        algorithm = make(server=optax.sgd(0.1))
+        algorithm.round(algorithm.init(KEY), cohorts_of(random_population({"a": 3})), KEY)
     with pytest.raises(ValueError, match=r"cohorts are of groups \['b'\], the algorithm is for \['a'\]"):
         make().round(make().init(KEY), {"b": None}, KEY)

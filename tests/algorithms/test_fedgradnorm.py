@@ -162,6 +162,32 @@ def test_local_weighting_starts_alike_and_then_weighs_the_local_loss():
         assert not np.allclose(b.clients.own.personal["v"], a.clients.personal["v"], rtol=1e-6)
 
 
+def test_a_straggler_sends_the_mean_gradient_of_the_steps_it_made():
+    """One step of two: the first step's gradient, not half of it; and a client without a step is no divergence."""
+    with jax.enable_x64(True):
+        algorithm, cohort = golden_algorithm(norms="update"), everybody(golden_federation())
+        slow = cohort._replace(budgets=jnp.array([1, 100, 100], jnp.int32))
+        state, _ = algorithm.round(start(algorithm), slow, jax.random.key(0))
+        one_step = golden_algorithm(plan=batching.steps(1, None), head_plan=batching.steps(1, None))
+        reference, _ = one_step.round(start(one_step), cohort, jax.random.key(0))
+        np.testing.assert_allclose(
+            state.clients.personal["v"][0], reference.clients.personal["v"][0], rtol=1e-6
+        )
+        alone = golden_federation().take(jnp.array([0]))
+        single = golden_algorithm(num_clients=1)
+        cut = sampling.make_cohort(alone, jnp.arange(1))._replace(budgets=jnp.ones(1, jnp.int32))
+        ours, _ = single.round(single.init(jax.random.key(0)), cut, jax.random.key(0))
+        once = golden_algorithm(
+            num_clients=1, plan=batching.steps(1, None), head_plan=batching.steps(1, None)
+        )
+        whole = sampling.make_cohort(alone, jnp.arange(1))
+        theirs, _ = once.round(once.init(jax.random.key(0)), whole, jax.random.key(0))
+        np.testing.assert_allclose(ours.params["W1"], theirs.params["W1"], rtol=1e-6)
+        idle = cohort._replace(budgets=jnp.array([0, 100, 100], jnp.int32))
+        _, metrics = algorithm.round(start(algorithm), idle, jax.random.key(0))
+        assert metrics["diverged"] == 0 and np.isfinite(metrics["loss"])
+
+
 def test_one_client_keeps_weight_one():
     with jax.enable_x64(True):
         algorithm = golden_algorithm(num_clients=1)
@@ -189,7 +215,7 @@ def hota_update(**channel):
     rng = np.random.default_rng(0)
     updates = {"w": jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)}
     transformation = server.over_the_air_gradnorm(3, 2, **channel)
-    state = transformation.init(None)
+    state = transformation.init({"w": jnp.zeros(50)})
     facts = {"losses": jnp.arange(1.0, 7), "client_ids": jnp.arange(6), "key": jax.random.key(1)}
     return updates["w"], transformation.update(updates, state, **facts)
 
@@ -207,6 +233,22 @@ def test_over_the_air_limits_and_fading():
     np.testing.assert_allclose(moved.weights.sum(1), 2, rtol=1e-5)
     _, (strong, _) = hota_update(learning_rate=0.0, threshold=0.0, noise=1.0, power=1e6)
     np.testing.assert_allclose(strong["w"], updates.mean(0), atol=0.5)
+
+
+def test_a_cluster_without_anybody_is_silent():
+    from fedjax_mtl import server
+
+    transformation = server.over_the_air_gradnorm(2, 2, learning_rate=0.0, threshold=0.0, noise=0.0)
+    updates = {"w": jnp.ones((4, 3))}
+    received, _ = transformation.update(
+        updates,
+        transformation.init({"w": jnp.zeros(3)}),
+        losses=jnp.ones(4),
+        client_ids=jnp.arange(4),
+        present=jnp.array([True, True, False, False]),
+        key=jax.random.key(0),
+    )
+    np.testing.assert_allclose(received["w"], 1.0, rtol=1e-5)
 
 
 def test_rayleigh_share_of_good_channels():

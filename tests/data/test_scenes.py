@@ -18,6 +18,7 @@ FIELDS = {
     "single_task": True,
     "clients_per_group": 1,
     "train_fraction": 1.0,
+    "edge_weight": 0.95,
     "seed": 0,
 }
 
@@ -110,5 +111,7 @@ def test_bad_arguments(folder):
         scenes.load_scenes("C", data_dir=folder)
     with pytest.raises(ValueError, match="unknown size 'huge'"):
         scenes.load_scenes("A", size="huge", data_dir=folder)
+    with pytest.raises(ValueError, match="unknown task 'sal' in config.data.tasks_a; expected one of semseg"):
+        datasets.scenes(data_dir=folder, **{**FIELDS, "tasks_a": ("sal",)})
     with pytest.raises(ValueError, match="train_fraction is 0"):
         datasets.scenes(data_dir=folder, **{**FIELDS, "train_fraction": 0})

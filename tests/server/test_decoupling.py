@@ -125,6 +125,8 @@ def test_absent_clients():
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"keep is 0; give a share in \(0, 1\]"):
         server.decouple_updates(0)
+    with pytest.raises(ValueError, match="applied_to selects no leaf"):
+        apply_server(server.decouple_updates(0.5, applied_to=trees.nothing), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="unknown rescale 'l3'"):
         server.decouple_updates(rescale="l3")
     with pytest.raises(ValueError, match="unknown denominator 'some'"):

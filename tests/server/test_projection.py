@@ -176,11 +176,11 @@ def test_attention_only_reweights_projected_updates():
 
 
 def test_gp_aggregation_of_groups_and_absent_clients():
-    """Two clients of one task count as their mean; an absent client as nobody, also in the attention's factor."""
+    """Two clients of one task count as their weighted mean; an absent client as nobody, also in the attention's factor."""
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         updates = jnp.asarray(rng.normal(size=(4, 6)))
-        pairs = jnp.stack([updates[:2].mean(0), updates[2], updates[3]])
+        pairs = jnp.stack([(updates[0] + 2 * updates[1]) / 3, updates[2], updates[3]])
         grouped = server.gp_aggregation(groups=jnp.array([0, 0, 1, 2]))
         plain = server.gp_aggregation()
         weights = jnp.array([0.1, 0.2, 0.3, 0.4])

@@ -140,6 +140,14 @@ def test_weights_applied_by_clients_are_not_applied_again():
         a = a_next
 
 
+def test_given_initial_losses():
+    _, state = run(jnp.ones((4, 2)), jnp.ones(4), None, initial_losses=(2, 3, 2, 3))
+    assert state.weights.dtype == jnp.float32
+    np.testing.assert_allclose(state.initial_losses, [2, 3, 2, 3])
+    with pytest.raises(ValueError, match=r"initial_losses has shape \(2,\) for 4 clients"):
+        run(jnp.ones((4, 2)), jnp.ones(4), None, initial_losses=(2, 3))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="measured selects no leaf"):
         server.normalize_gradients(2, learning_rate=0.1, measured=trees.under("nowhere")).init(
