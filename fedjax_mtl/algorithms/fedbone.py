@@ -82,6 +82,7 @@ def fedbone(
         wire_dtype: type of the messages, e.g. ``jnp.bfloat16``; default as computed.
 
     A client whose loss, trunk gradient or own parts are not finite counts as absent in that step (``diverged`` counts them). Newcomers (``adapt``) get the mean embedding and an untrained upper part.
+    All clients of a group run at once, whatever the execution mode, and local step budgets have no effect: in lock step nobody goes ahead.
 
     Raises:
         ValueError: no group, a group without clients, an unknown choice.
