@@ -130,6 +130,7 @@ class Parts(NamedTuple):
     execution: Execution
     plan: batching.BatchPlan
     schedule: Callable[[jax.Array], jax.Array]
+    constant_rate: bool
     optimizer_settings: dict[str, Any]
     keep_optimizer: bool
 
@@ -339,9 +340,10 @@ def _gradnorm_settings(
     """Of FedGradNorm on a body and a head: norms at the body's last layer, Adam on the server, plain SGD on the clients."""
     plain = make_optimizer.__kwdefaults__
     changed = [name for name, value in plain.items() if parts.optimizer_settings[name] != value]
-    if changed or parts.keep_optimizer:
+    changed += ["keep_optimizer"] * parts.keep_optimizer + ["schedule"] * (not parts.constant_rate)
+    if changed:
         raise ValueError(
-            f"FedGradNorm's clients train by plain SGD; leave config.client.{(changed or ['keep_optimizer'])[0]} as it is"
+            f"FedGradNorm's clients train by plain SGD at a constant rate; leave config.client.{changed[0]} as it is"
         )
     last = f"dense_{len(_layers(parts)) - 1}"
     return {
@@ -548,7 +550,8 @@ def make_algorithm(
         model,
         execution_of(config, model),
         make_plan(**{name: client.pop(name) for name in ("batch_size", "epochs", "steps")}),
-        make_schedule(client.pop("schedule"), config.num_rounds),
+        make_schedule(client["schedule"], config.num_rounds),
+        client.pop("schedule") == "constant",
         {name: client.pop(name) for name in ("name", "momentum", "weight_decay")},
         client.pop("keep_optimizer"),
     )

@@ -171,6 +171,14 @@ def test_bad_configs_of_populations(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("field, value", [("schedule", "sqrt"), ("momentum", 0.9), ("keep_optimizer", True)])
+def test_fedgradnorm_ignores_no_setting_of_its_clients(field, value, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"plain SGD at a constant rate; leave config.client.{field} as it is"
+    ):
+        run.run(get("fedgradnorm_tasks", **{f"client.{field}": value}), tmp_path / "run")
+
+
 BAD_ALGORITHMS = {
     "apfl": ({"alpha": 1.5}, "alpha is 1.5; it is a share"),
     "l2sgd": ({"probability": 1.0}, "the coin needs 0 < p < 1"),
