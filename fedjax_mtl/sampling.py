@@ -159,3 +159,60 @@ def straggling(sampler: Sampler, budget: Callable[[jax.Array, Cohort], jax.Array
         return cohort._replace(budgets=budget(budget_key, cohort).astype(jnp.int32))
 
     return sample
+
+
+def dropping(sampler: Sampler, probability: float | jax.Array) -> Sampler:
+    """Clients of another sampler that fail: each drops out of a round with ``probability``, a number or ``[clients]``, independently of the others and of other rounds.
+
+    Raises:
+        ValueError: a probability outside 0..1; (when traced) not one a client.
+    """
+    values = np.asarray(probability)
+    if (values < 0).any() or (values > 1).any():
+        raise ValueError(
+            f"drop probability {values.max() if values.max() > 1 else values.min()} is outside 0..1"
+        )
+
+    def sample(key, round_index, federation):
+        if values.ndim and values.shape != (federation.num_clients,):
+            raise ValueError(
+                f"drop probabilities have shape {values.shape}; give one number or one for each of the "
+                f"{federation.num_clients} clients"
+            )
+        cohort_key, drop_key = jax.random.split(key)
+        cohort = sampler(cohort_key, round_index, federation)
+        chance = jnp.asarray(values, jnp.float32)
+        chance = chance[cohort.client_ids] if values.ndim else chance
+        # uniform is below 1: a probability of 1 always drops.
+        stays = jax.random.uniform(drop_key, cohort.present.shape, jnp.float32) >= chance
+        present = cohort.present & stays
+        sizes = jnp.where(present, cohort.federation.sizes, 0)
+        return cohort._replace(
+            federation=cohort.federation._replace(sizes=sizes),
+            present=present,
+            shares=jnp.where(present, cohort.shares, 0.0),
+        )
+
+    return sample
+
+
+def fraction_of_data(
+    low: float, high: float, *, of_smallest: bool = False
+) -> Callable[[jax.Array, Cohort], jax.Array]:
+    """Budgets for :func:`straggling`: a share, uniform in ``[low, high]``, of one pass of single examples; int32 ``[cohort]``.
+
+    MOCHA's variability (arXiv 1705.10467, section 5): high 0.1..1, low 0.9..1. The released code takes the share of the node's own examples, the paper that of the smallest node's
+    (``of_smallest``).
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"budgets between {low} and {high} of a pass make no sense; give 0 <= low <= high")
+
+    def budget(key, cohort):
+        sizes = cohort.federation.sizes
+        if of_smallest:
+            there = jnp.where(sizes > 0, sizes, NO_BUDGET)
+            sizes = jnp.full_like(sizes, jnp.min(there))
+        share = jax.random.uniform(key, sizes.shape, jnp.float32, low, high)
+        return jnp.floor(sizes * share)
+
+    return budget

@@ -1,5 +1,6 @@
 """Data: partitioners and mixtures for any data set, and the sets themselves."""
 
+from fedjax_mtl.data import instruction_families, instructions, markov_chains
 from fedjax_mtl.data.digits import load_digits
 from fedjax_mtl.data.mixtures import (
     draw_clients,
@@ -30,9 +31,12 @@ __all__ = [
     "draw_mixtures",
     "hold_out_evenly",
     "iid",
+    "instruction_families",
+    "instructions",
     "label_permutations",
     "label_shards",
     "load_digits",
+    "markov_chains",
     "pachinko",
     "permute_labels",
     "rotate_images",

@@ -1,6 +1,6 @@
 """Tasks: per-example losses and metrics of (outputs, labels)."""
 
-from fedjax_mtl.tasks import dense
+from fedjax_mtl.tasks import dense, rouge
 from fedjax_mtl.tasks.base import PooledMetric, Task, example_losses, lower_is_better
 from fedjax_mtl.tasks.classification import (
     binary_classification,
@@ -9,6 +9,7 @@ from fedjax_mtl.tasks.classification import (
 )
 from fedjax_mtl.tasks.improvement import average_improvement
 from fedjax_mtl.tasks.joint import joint
+from fedjax_mtl.tasks.language import language_modelling
 from fedjax_mtl.tasks.regression import mean_squared_error, regression
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "dense",
     "example_losses",
     "joint",
+    "language_modelling",
     "lower_is_better",
     "mean_squared_error",
     "regression",
+    "rouge",
     "sequence_classification",
 ]

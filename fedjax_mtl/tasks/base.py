@@ -21,8 +21,8 @@ class PooledMetric(NamedTuple):
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric's name says that less is better: losses, errors, and spreads over clients."""
-    return any(word in metric for word in ("loss", "error", "rmse")) or metric.endswith("_std")
+    """Whether a metric's name says that less is better: losses, errors, perplexities, and spreads over clients."""
+    return any(word in metric for word in ("loss", "error", "rmse", "perplexity")) or metric.endswith("_std")
 
 
 class Task(NamedTuple):

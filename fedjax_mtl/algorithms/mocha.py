@@ -1,0 +1,495 @@
+"""MOCHA: federated multi-task learning in the dual, with work and failures that differ between nodes and rounds.
+
+Smith, Chiang, Sanjabi, Talwalkar, NeurIPS 2017, arXiv 1705.10467, algorithm 1. One linear model a task:
+
+    P(W) = sum_t mean_i loss(w_t . x_ti, y_ti) + penalty / 2 tr(W^T Omega W),    Sigma = Omega^-1
+
+Every task counts alike, whatever its size (the released code's normalisation; the paper sums over examples).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_mtl import relationships
+from fedjax_mtl.algorithm import Algorithm, client_key
+from fedjax_mtl.batching import epoch_order
+from fedjax_mtl.dual_ascent import (
+    Change,
+    Subproblem,
+    ascend_until,
+    coordinate_ascent,
+    inexactness_bound,
+    no_change,
+)
+from fedjax_mtl.execution import Execution, make_execution, map_clients
+from fedjax_mtl.federation import Cohort, Federation
+from fedjax_mtl.relationships import Relationship
+from fedjax_mtl.tasks.dual import DualLoss
+
+PyTree = Any
+Order = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+
+
+class MochaNodes(NamedTuple):
+    """What belongs to the nodes: dual variables ``alpha`` ``[tasks, capacity]``, which never travel, and models ``weights`` ``[tasks, features]``."""
+
+    alpha: jax.Array
+    weights: jax.Array
+
+
+class MochaState(NamedTuple):
+    """The state of MOCHA and of the dual methods it is compared with.
+
+    Attributes:
+        round: int32 ``[]``.
+        clients: the nodes'.
+        dual_sums: ``[tasks, features]``, ``X_t^T alpha_t / n_t``. The model is ``Sigma dual_sums / penalty``.
+        covariance: Sigma ``[tasks, tasks]``. sigma_prime: ``[]``, its bound.
+    """
+
+    round: jax.Array
+    clients: MochaNodes
+    dual_sums: jax.Array
+    covariance: jax.Array
+    sigma_prime: jax.Array
+
+
+def random_order(key: jax.Array, round_index: jax.Array, size: jax.Array, capacity: int) -> jax.Array:
+    """A fresh permutation every round, int32 ``[capacity]``: the paper's randomised coordinate ascent."""
+    del round_index
+    return epoch_order(key, size, capacity)
+
+
+def cyclic_order(key: jax.Array, round_index: jax.Array, size: jax.Array, capacity: int) -> jax.Array:
+    """The examples as they are stored, int32 ``[capacity]``."""
+    del key, round_index, size
+    return jnp.arange(capacity, dtype=jnp.int32)
+
+
+ORDERS = {"random": random_order, "cyclic": cyclic_order}
+BOUNDS = {"row_sum": relationships.row_sum_bound, "eigenvalue": relationships.eigenvalue_bound}
+
+
+class Objective(NamedTuple):
+    """Primal and dual value and their difference, ``[]`` each; ``losses`` ``[tasks]``, each task's mean loss."""
+
+    primal: jax.Array
+    dual: jax.Array
+    gap: jax.Array
+    losses: jax.Array
+
+
+def _node_block(examples: PyTree, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A node's ``inputs [capacity, features]`` and ``labels [capacity]``; linear models are small, so the block is gathered once a round."""
+    return examples["inputs"][rows], examples["labels"][rows].astype(examples["inputs"].dtype)
+
+
+def zero_state(covariance: jax.Array, capacity: int, features: int, sigma_prime: jax.Array) -> MochaState:
+    """Nothing learned yet: alpha and W are 0."""
+    num_tasks, dtype = covariance.shape[0], covariance.dtype
+    models = jnp.zeros((num_tasks, features), dtype)
+    nodes = MochaNodes(jnp.zeros((num_tasks, capacity), dtype), models)
+    return MochaState(jnp.zeros((), jnp.int32), nodes, models, covariance, sigma_prime)
+
+
+def objective(
+    loss: DualLoss,
+    penalty: float | jax.Array,
+    state: MochaState,
+    federation: Federation,
+    *,
+    recomputed: bool = True,
+    execution: Execution | None = None,
+) -> Objective:
+    """``P(W)``, ``D(alpha)`` and the gap of a state on its training data.
+
+    ``D(alpha) = -sum_t mean_i conj(-alpha_ti) - 1 / (2 penalty) tr(B^T Sigma B)`` with ``B = dual_sums``. As long as the weights are those of alpha the gap is never negative and zero at the
+    optimum for this Sigma.
+
+    Args:
+        recomputed: False if the weights are not those of alpha (``fidelity="released"``); the regulariser is then ``penalty / 2 tr(W^T Sigma^-1 W)``
+            in both values, and the dual is no bound.
+    """
+    how = make_execution("vmap") if execution is None else execution
+
+    def one_node(examples, rows, size, alpha, weights):
+        inputs, labels = _node_block(examples, rows)
+        node = Subproblem(inputs, labels, size, alpha, weights, jnp.zeros(()))
+        return node.mean(loss.loss(inputs @ weights, labels)), node.mean(loss.conjugate(alpha, labels))
+
+    losses, conjugates = map_clients(one_node, how)(
+        federation.examples, federation.indices, federation.sizes, *state.clients
+    )
+    weights = state.clients.weights
+    if recomputed:
+        regulariser = jnp.sum(state.dual_sums * weights) / 2
+    else:
+        regulariser = penalty / 2 * jnp.sum(weights * jnp.linalg.solve(state.covariance, weights))
+    primal, dual = jnp.sum(losses) + regulariser, -jnp.sum(conjugates) - regulariser
+    return Objective(primal, dual, primal - dual, losses)
+
+
+def _when(condition: jax.Array, fn: Callable[[PyTree], PyTree], operand: PyTree) -> PyTree:
+    """``fn(operand)`` where the condition holds, else the operand.
+
+    A loop of at most one turn: ``lax.cond`` under ``vmap`` over seeds computes both branches always, a loop runs only while some seed needs it.
+    """
+
+    def body(carry):
+        return jnp.zeros_like(carry[0]), fn(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, (condition, operand))[1]
+
+
+def mocha(
+    loss: DualLoss,
+    *,
+    sizes: jax.Array,
+    capacity: int,
+    features: int,
+    penalty: float | jax.Array,
+    relationship: Relationship,
+    relationship_every: int | None = None,
+    passes: float = 1.0,
+    max_steps: int | None = None,
+    inexactness: float | None = None,
+    aggregation: float = 1.0,
+    sigma_prime: str | float = "row_sum",
+    order: str | Order = "random",
+    adaptation_passes: int = 100,
+    measure_inexactness: bool = False,
+    fidelity: str = "paper",
+    dtype: Any = jnp.float32,
+    execution: Execution | None = None,
+) -> Algorithm:
+    """MOCHA.
+
+    Every round each node improves its own subproblem by coordinate ascent, ``floor(passes n_t)`` steps or fewer if its budget is smaller (stragglers;
+    :func:`fedjax_mtl.sampling.straggling`), none if it is absent (faults; :func:`fedjax_mtl.sampling.dropping`, or a sampled cohort). It sends ``X_t^T d_t / n_t``, one number a
+    feature; the server adds them up and sends back ``W = Sigma B / penalty``. Every ``relationship_every`` rounds the server learns Sigma from W.
+
+    Metrics of a round, after it: ``loss`` (mean over tasks), ``num_steps`` (coordinate steps of all nodes), ``slowest_steps`` (of the one that made most), ``sigma_prime``, and, if the cohort has a slot for every
+    node (absent ones included), ``primal``, ``dual`` and ``gap``.
+
+    Args:
+        loss: see :mod:`fedjax_mtl.tasks.dual`. The examples are ``inputs [n, features]`` and ``labels [n]``, -1 and 1 for classification.
+        sizes: int ``[tasks]``, examples of each task (``federation.sizes``). capacity: ``federation.capacity``.
+        penalty: lambda. relationship: Sigma and how it is learned, see :mod:`fedjax_mtl.relationships`.
+        relationship_every: rounds between updates of Sigma; None never (the paper's "W update").
+        passes: local work, in passes over the node's data. max_steps: the most coordinate steps of any node; default that of ``passes`` over the largest.
+        inexactness: instead, pass after pass until theta is certainly at most this, the same for all nodes: CoCoA; ``passes`` bounds it (rounded up) and budgets do not apply.
+        aggregation: gamma, the share of the nodes' changes that is applied.
+        sigma_prime: ``row_sum`` (the paper's and the code's) or ``eigenvalue`` (tightest) bound, both times gamma; or a number, which may be too small to converge.
+        order: ``random``, ``cyclic``, or ``(key, round, size, capacity) -> int32 [capacity]``.
+        adaptation_passes: local passes of a task that arrives later, before and after its relation to the others is learned.
+        measure_inexactness: adds the metrics ``inexactness`` and ``worst_inexactness``, upper bounds of theta (mean and largest over the nodes present), at
+            the price of two passes.
+        fidelity: ``released`` keeps W when Sigma changes, as the released code does: W and alpha do not belong together any more, "dual" is no bound, and the alternation does not minimise the
+            joint objective. ``paper`` recomputes ``W = Sigma B / penalty``.
+        dtype: of the state; float64 needs JAX's x64 mode (gaps below 1e-6 relative need float64).
+        execution: how nodes are mapped; default all at once.
+
+    A newcomer (``adapt``) is a task that arrives later, with the others frozen (Li et al. 2019, OFMTL): its relation starts as the rule's ``extend`` says, and if the rule learns it is updated once.
+
+    Raises:
+        ValueError: settings that make no sense, or float64 without x64 mode.
+    """
+    num_tasks = len(sizes)
+    if fidelity not in ("paper", "released"):
+        raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
+    _check_settings(passes, inexactness, aggregation, sigma_prime, relationship, relationship_every, dtype)
+    draw_order = ORDERS[order] if isinstance(order, str) else order
+    max_steps = int(np.floor(capacity * passes)) if max_steps is None else max_steps
+    recomputed = fidelity == "paper"
+
+    def solve(problem, budget, order):
+        if inexactness is not None:
+            return ascend_until(loss, problem, order, inexactness, int(np.ceil(passes)))
+        planned = jnp.floor(problem.size * passes).astype(jnp.int32)
+        num_steps = jnp.minimum(jnp.minimum(planned, budget), max_steps)
+        return coordinate_ascent(loss, problem, order, num_steps, max_steps)
+
+    def bound(covariance):
+        return sigma_prime_bound(covariance, sigma_prime, aggregation)
+
+    def init(key):
+        del key
+        covariance = relationship.init(num_tasks, dtype)
+        return zero_state(covariance, capacity, features, bound(covariance))
+
+    def learn_relationship(state):
+        covariance = relationship.update(state.clients.weights, state.covariance)
+        weights = covariance @ state.dual_sums / penalty if recomputed else state.clients.weights
+        return state._replace(
+            clients=state.clients._replace(weights=weights),
+            covariance=covariance,
+            sigma_prime=bound(covariance),
+        )
+
+    def one_round(state, cohort, key):
+        curvatures = state.sigma_prime * jnp.diagonal(state.covariance) / penalty
+
+        def work(problem, own, order_key):
+            chosen = draw_order(order_key, state.round, problem.size, capacity)
+            return solve(problem, own.budget, chosen)
+
+        worked = local_work(work, loss, state, cohort, curvatures, key, execution, measure_inexactness)
+        state = apply_changes(state, cohort, worked.change, aggregation, penalty, recomputed)
+        if relationship_every is not None:
+            due = (state.round % relationship_every) == 0
+            state = _when(due, learn_relationship, state)
+        metrics = round_metrics(loss, penalty, state, cohort, sizes, worked, recomputed, execution)
+        return state, metrics
+
+    def adapt(state, newcomers, key):
+        def learn(task, own_key):
+            return later_task(loss, penalty, relationship, state, task, adaptation_passes, own_key)
+
+        return adapt_tasks(learn, state, newcomers, key)
+
+    return Algorithm(init, one_round, predict_linear, adapt, traffic_of_models, num_tasks)
+
+
+def predict_linear(state: PyTree, client_ids: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Scores of each node's own model, ``[clients, batch, features] -> [clients, batch]``."""
+    return jnp.einsum("cbf,cf->cb", inputs, state.clients.weights[client_ids])
+
+
+def traffic_of_models(state: PyTree) -> tuple[int, int]:
+    """A node sends and receives one number a feature."""
+    one = state.clients.weights.shape[-1] * state.clients.weights.dtype.itemsize
+    return one, one
+
+
+def _check_settings(passes, inexactness, aggregation, sigma_prime, relationship, every, dtype) -> None:
+    if passes <= 0:
+        raise ValueError(f"passes is {passes}; give a positive number of passes over a node's data")
+    if inexactness is not None and not 0 <= inexactness < 1:
+        raise ValueError(
+            f"inexactness is {inexactness}; theta is at least 0 and below 1, or nobody would work"
+        )
+    if not 0 < aggregation <= 1:
+        raise ValueError(f"aggregation is {aggregation}; gamma lies above 0 and at most at 1")
+    if isinstance(sigma_prime, str) and sigma_prime not in BOUNDS:
+        raise ValueError(
+            f"unknown sigma_prime {sigma_prime!r}; expected a number or one of {', '.join(BOUNDS)}"
+        )
+    if every is not None and (every < 1 or relationship.update is None):
+        raise ValueError(
+            f"relationship_every is {every}, but "
+            + ("it must be at least 1 round" if every < 1 else "this relationship is fixed; give None")
+        )
+    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("dtype float64 needs JAX's x64 mode: wrap the run in `with jax.enable_x64(True):`")
+
+
+def sigma_prime_bound(covariance: jax.Array, sigma_prime: str | float, aggregation: float) -> jax.Array:
+    if isinstance(sigma_prime, str):
+        return aggregation * BOUNDS[sigma_prime](covariance)
+    return jnp.asarray(sigma_prime, covariance.dtype)
+
+
+class _Own(NamedTuple):
+    """One node's inputs of a round."""
+
+    client_id: jax.Array
+    rows: jax.Array
+    size: jax.Array
+    budget: jax.Array
+    curvature: jax.Array
+
+
+class LocalWork(NamedTuple):
+    """The nodes' changes, leaves ``[cohort, ...]``, and the bounds of their theta ``[cohort]`` or None."""
+
+    change: Change
+    inexactness: jax.Array | None
+
+
+def local_work(work, loss, state, cohort, curvatures, key, execution, measure) -> LocalWork:
+    """Maps ``work(problem, own, key) -> Change`` over the cohort's nodes."""
+    how = make_execution("vmap") if execution is None else execution
+
+    def one_node(shared, own, alpha, weights):
+        examples, round_key = shared
+        inputs, labels = _node_block(examples, own.rows)
+        problem = Subproblem(inputs, labels, own.size, alpha, weights, own.curvature)
+        change = work(problem, own, client_key(round_key, own.client_id))
+        return LocalWork(change, inexactness_bound(loss, problem, change.alpha) if measure else None)
+
+    ids, data = cohort.client_ids, cohort.federation
+    own = _Own(ids, data.indices, data.sizes, cohort.budgets, curvatures[ids])
+    return map_clients(one_node, how, data.sizes)(
+        (data.examples, key), own, state.clients.alpha[ids], state.clients.weights[ids]
+    )
+
+
+def apply_changes(
+    state: MochaState,
+    cohort: Cohort,
+    change: Change,
+    step: float | jax.Array,
+    penalty: float | jax.Array,
+    recomputed: bool = True,
+) -> MochaState:
+    """Adds ``step`` times the cohort's changes, and brings every node's model, absent or not, up to date.
+
+    A node whose change is not finite counts as absent.
+    """
+    finite = jnp.isfinite(change.combined).all(axis=1) & jnp.isfinite(change.alpha).all(axis=1)
+    there = (cohort.present & finite)[:, None]
+    ids = cohort.client_ids
+    alpha = state.clients.alpha.at[ids].add(jnp.where(there, step * change.alpha, 0))
+    change_of_sums = jnp.zeros_like(state.dual_sums).at[ids].add(jnp.where(there, step * change.combined, 0))
+    dual_sums = state.dual_sums + change_of_sums
+    if recomputed:
+        weights = state.covariance @ dual_sums / penalty
+    else:
+        weights = state.clients.weights + state.covariance @ change_of_sums / penalty
+    return state._replace(round=state.round + 1, clients=MochaNodes(alpha, weights), dual_sums=dual_sums)
+
+
+def round_metrics(loss, penalty, state, cohort, sizes, worked, recomputed, execution) -> dict[str, jax.Array]:
+    steps = jnp.where(cohort.present, worked.change.num_steps, 0)
+    metrics = {
+        "num_steps": jnp.sum(steps).astype(state.dual_sums.dtype),
+        "slowest_steps": jnp.max(steps).astype(state.dual_sums.dtype),
+        "sigma_prime": state.sigma_prime,
+    }
+    if worked.inexactness is not None:
+        there = cohort.present & (cohort.federation.sizes > 0)
+        theta = jnp.where(there, worked.inexactness, 0)
+        metrics["inexactness"] = jnp.sum(theta) / jnp.maximum(jnp.sum(there), 1)
+        metrics["worst_inexactness"] = jnp.max(theta)
+    everybody = cohort.client_ids.shape[0] == len(sizes)
+    # The sizes of absent nodes are 0 in their cohort, but the objective counts their examples.
+    ids = cohort.client_ids
+    whole = cohort.federation._replace(sizes=jnp.asarray(sizes)[ids])
+    of_cohort = state._replace(
+        clients=jax.tree.map(lambda x: x[ids], state.clients),
+        dual_sums=state.dual_sums[ids],
+        covariance=state.covariance[ids][:, ids],
+    )
+    value = objective(loss, penalty, of_cohort, whole, recomputed=recomputed, execution=execution)
+    metrics["loss"] = jnp.mean(value.losses)
+    if everybody:
+        metrics |= {"primal": value.primal, "dual": value.dual, "gap": value.gap}
+    return metrics
+
+
+def _pull(covariance: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For the last task of a relation, given the other tasks' weights: the model it would have without data, and its own precision."""
+    column = jnp.zeros(covariance.shape[0], covariance.dtype).at[-1].set(1)
+    precision = jnp.linalg.solve(covariance, column)
+    return -(precision[:-1] @ weights) / precision[-1], precision[-1]
+
+
+def later_task(
+    loss: DualLoss,
+    penalty: float | jax.Array,
+    relationship: Relationship,
+    state: MochaState,
+    task: tuple[jax.Array, jax.Array, jax.Array],
+    passes: int,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A task that arrives when the others are done and frozen (Li et al. 2019, online federated multi-task learning).
+
+        w_new = (X^T alpha / n - penalty sum_t Omega_new,t w_t) / (penalty Omega_new,new)
+
+    Its relation is first ``relationship.extend``'s; where the rule learns, Sigma is updated once with the model found, and the model solved again.
+
+    Args:
+        task: ``inputs [capacity, features]``, ``labels [capacity]``, ``size []``. passes: over its data, for each solve.
+
+    Returns:
+        ``alpha [capacity]``, ``X^T alpha / n`` ``[features]`` and the model ``[features]``.
+    """
+    inputs, labels, size = task
+    others = state.clients.weights
+    capacity = labels.shape[0]
+
+    def solve(covariance, start, solve_key):
+        weights, precision = _pull(covariance, others)
+        alpha = jnp.zeros(capacity, others.dtype)
+        problem = Subproblem(inputs, labels, size, alpha, weights, 1 / (penalty * precision))
+
+        def one_pass(index, change):
+            order = epoch_order(jax.random.fold_in(solve_key, index), size, capacity)
+            return coordinate_ascent(loss, problem, order, size, capacity, start=change)
+
+        change = jax.lax.fori_loop(0, passes, one_pass, start or no_change(problem))
+        return change, weights + problem.curvature * change.combined
+
+    first_key, second_key = jax.random.split(key)
+    covariance = relationship.extend(state.covariance)
+    change, weights = solve(covariance, None, first_key)
+    if relationship.update is not None:
+        covariance = relationship.update(jnp.concatenate([others, weights[None]]), covariance)
+        change, weights = solve(covariance, change, second_key)
+    return change.alpha, change.combined, weights
+
+
+def adapt_tasks(
+    learn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+    state: MochaState,
+    newcomers: Federation,
+    key: jax.Array,
+) -> MochaState:
+    """The state whose nodes are the newcomers, each ``learn((inputs, labels, size), key)`` as if it were the only one."""
+
+    def one(client_id, rows, size):
+        return learn((*_node_block(newcomers.examples, rows), size), client_key(key, client_id))
+
+    ids = jnp.arange(newcomers.num_clients, dtype=jnp.int32)
+    alpha, dual_sums, weights = jax.vmap(one)(ids, newcomers.indices, newcomers.sizes)
+    return state._replace(clients=MochaNodes(alpha, weights), dual_sums=dual_sums)
+
+
+def with_later_task(
+    state: MochaState,
+    relationship: Relationship,
+    penalty: float | jax.Array,
+    *,
+    sigma_prime: str | float = "row_sum",
+    aggregation: float = 1.0,
+) -> MochaState:
+    """The state with one task more, untrained, for training on with everybody: :func:`mocha` made for the larger federation takes it up.
+
+    The dual variables of the others stay; their models are those of the extended relation.
+    """
+    covariance = relationship.extend(state.covariance)
+    grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), (0, 0))), (state.clients.alpha, state.dual_sums))
+    return state._replace(
+        clients=MochaNodes(grown[0], covariance @ grown[1] / penalty),
+        dual_sums=grown[1],
+        covariance=covariance,
+        sigma_prime=sigma_prime_bound(covariance, sigma_prime, aggregation),
+    )
+
+
+def check_tasks(federation: Federation, loss: DualLoss) -> None:
+    """Refuses tasks from which nothing can be learned; for launchers, on data that are not abstract.
+
+    Raises:
+        ValueError: a task with a single example, labels other than -1 and 1 in classification, or a task with one class only, naming the task.
+    """
+    labels, rows = np.asarray(federation.examples["labels"]), np.asarray(federation.indices)
+    for task, size in enumerate(np.asarray(federation.sizes)):
+        own = labels[rows[task, :size]]
+        if size < 2:
+            raise ValueError(f"task {task} has {size} training example; drop it, or give it at least 2")
+        if loss.labels != "signs":
+            continue
+        odd = own[np.abs(own) != 1]
+        if odd.size:
+            raise ValueError(f"task {task} has label {odd[0]}; the {loss.name} loss takes -1 and 1")
+        if len(np.unique(own)) < 2:
+            raise ValueError(
+                f"all {size} training labels of task {task} are {own[0]:g}; a classifier needs both classes, drop the task or split "
+                "its data by class"
+            )

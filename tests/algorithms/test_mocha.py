@@ -1,0 +1,798 @@
+"""MOCHA: golden values, an independent numpy twin, and what the theory promises."""
+
+import json
+import pathlib
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import given, settings
+from mocha_problems import every_fourth_is_test, federate, reference_data, related_tasks
+from mocha_twin import Twin
+
+from fedjax_mtl import make_execution, relationships, sampling, simulate
+from fedjax_mtl.algorithms.mocha import check_tasks, mocha, objective, with_later_task
+from fedjax_mtl.algorithms.mocha_baselines import (
+    cocoa,
+    global_model,
+    local_models,
+    minibatch_sdca,
+    minibatch_sgd,
+)
+from fedjax_mtl.dual_ascent import (
+    Subproblem,
+    coordinate_ascent,
+    inexactness_bound,
+    local_gap,
+    local_objective,
+)
+from fedjax_mtl.tasks import dual
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TINY = json.loads((GOLDEN / "mocha_tiny.json").read_text())
+CURVES = json.loads((GOLDEN / "mocha_small_curves.json").read_text())
+LOSSES = {
+    "hinge": dual.hinge(),
+    "smoothed_hinge": dual.smoothed_hinge(0.5),
+    "squared": dual.squared(),
+    "logistic": dual.logistic(),
+}
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+def tiny_federation(loss):
+    labels = TINY["inputs"]["y_regression" if loss == "squared" else "y"]
+    return federate([np.array(x) for x in TINY["inputs"]["X"]], [np.array(y) for y in labels])
+
+
+def make(federation, loss, relationship, **changes):
+    """MOCHA in double precision on a federation."""
+    arguments = {
+        "sizes": federation.sizes,
+        "capacity": federation.capacity,
+        "features": federation.examples["inputs"].shape[1],
+        "penalty": 0.1,
+        "dtype": jnp.float64,
+        **changes,
+    }
+    return mocha(LOSSES[loss] if isinstance(loss, str) else loss, relationship=relationship, **arguments)
+
+
+def cohort_with(federation, budgets=None, present=None):
+    present = None if present is None else jnp.asarray(present)
+    cohort = sampling.make_cohort(federation, jnp.arange(federation.num_clients), present)
+    return cohort if budgets is None else cohort._replace(budgets=jnp.asarray(budgets, jnp.int32))
+
+
+# --- Golden values.
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in TINY["cases"].items() if "optimum" in case and "loss" in case]
+)
+def test_tiny_rounds(name):
+    case = TINY["cases"][name]
+    federation = tiny_federation(case["loss"])
+    algorithm = make(
+        federation,
+        case["loss"],
+        relationships.given(TINY["inputs"]["Sigma"]),
+        aggregation=case["gamma"],
+        order="cyclic",
+        passes=10,
+    )
+    state, one_round = algorithm.init(jax.random.key(0)), jax.jit(algorithm.round)
+    np.testing.assert_allclose(state.sigma_prime, case["sigma_prime"], rtol=1e-10)
+    tolerance = {"rtol": 1e-7 if case["loss"] == "logistic" else 1e-9, "atol": 1e-11}
+    for row in case["rounds"]:
+        dropped = np.array(row["local_steps"]) == 0
+        before = state
+        state, metrics = one_round(
+            state, cohort_with(federation, row["local_steps"], ~dropped), jax.random.key(1)
+        )
+        for task, alpha in enumerate(row["alpha"]):
+            np.testing.assert_allclose(state.clients.alpha[task, : len(alpha)], alpha, **tolerance)
+        np.testing.assert_allclose(state.clients.weights.T, row["W"], **tolerance)
+        for value in ("primal", "dual", "gap"):
+            np.testing.assert_allclose(metrics[value], row[value], **tolerance)
+        thetas = measured_inexactness(LOSSES[case["loss"]], federation, before, state, case)
+        for theta, expected in zip(thetas, row["theta"], strict=True):
+            if expected is not None:
+                assert abs(theta - expected) < 1e-6
+    state = simulate(algorithm, federation, num_rounds=200).state
+    state = jax.tree.map(lambda x: x[0], state)
+    value = objective(LOSSES[case["loss"]], 0.1, state, federation)
+    np.testing.assert_allclose(value.primal, case["optimum"]["primal_mocha_long_run"], rtol=1e-10)
+    np.testing.assert_allclose(state.clients.weights.T, case["optimum"]["W"], atol=1e-7)
+
+
+def measured_inexactness(loss, federation, before, after, case):
+    """Theta of every node, by solving its subproblem with thousands of passes; the bound must lie above it."""
+    for task in range(federation.num_clients):
+        rows = federation.indices[task]
+        curvature = before.sigma_prime * before.covariance[task, task] / 0.1
+        problem = Subproblem(
+            federation.examples["inputs"][rows],
+            federation.examples["labels"][rows],
+            federation.sizes[task],
+            before.clients.alpha[task],
+            before.clients.weights[task],
+            curvature,
+        )
+        yield _theta(loss, problem, after.clients.alpha[task], case["gamma"])
+
+
+def _theta(loss, problem, alpha, gamma):
+    change = (alpha - problem.alpha) / gamma
+    order = jnp.arange(problem.alpha.shape[0])
+    exact = jax.jit(lambda problem: coordinate_ascent(loss, problem, order, jnp.int32(12000), 12000).alpha)(
+        problem
+    )
+    best = local_objective(loss, problem, exact)
+    assert float(local_gap(loss, problem, exact)) < 1e-9
+    start = local_objective(loss, problem, jnp.zeros_like(change))
+    theta = (local_objective(loss, problem, change) - best) / (start - best)
+    if start - best > 1e-10:
+        assert inexactness_bound(loss, problem, change) >= theta - 1e-7
+    return float(theta)
+
+
+def test_too_small_sigma_prime_diverges():
+    case = TINY["cases"]["squared_sigma_prime_too_small_diverges"]
+    inputs = [np.array(TINY["inputs"]["X"][2])] * 3
+    federation = federate(inputs, [np.array(TINY["inputs"]["y_regression"][2])] * 3)
+    for name in ("row_sum_bound", "one"):
+        algorithm = make(
+            federation,
+            "squared",
+            relationships.given(case["Sigma"]),
+            sigma_prime=case[name]["sigma_prime"],
+            order="cyclic",
+            passes=10,
+        )
+        rounds = case[name]["rounds"]
+        metrics = simulate(algorithm, federation, num_rounds=len(rounds)).metrics
+        for value in ("primal", "dual"):
+            np.testing.assert_allclose(metrics[value][0], [row[value] for row in rounds], rtol=1e-8)
+
+
+def test_hinge_with_an_unsafe_sigma_prime():
+    case = TINY["cases"]["hinge_sigma_prime_1"]
+    federation = tiny_federation("hinge")
+    algorithm = make(
+        federation, "hinge", relationships.given(TINY["inputs"]["Sigma"]), sigma_prime=1.0, order="cyclic"
+    )
+    metrics = simulate(algorithm, federation, num_rounds=len(case["rounds"])).metrics
+    np.testing.assert_allclose(metrics["gap"][0], [row["gap"] for row in case["rounds"]], atol=1e-10)
+
+
+def test_learned_relation_changes_the_objective():
+    update = TINY["sigma_updates"]["mtrl_trace1"]
+    rounds = TINY["cases"]["hinge_full_passes"]["rounds"]
+    weights = np.array(TINY["sigma_updates"]["W_used"]).T
+    count = next(i + 1 for i, row in enumerate(rounds) if np.allclose(np.array(row["W"]).T, weights))
+    federation = tiny_federation("hinge")
+    first = relationships.given(TINY["inputs"]["Sigma"])
+    learned = relationships.task_relationship()._replace(init=first.init)
+    for fidelity, expected in (("paper", "primal_recomputed"), ("released", "primal_if_W_kept")):
+        algorithm = make(
+            federation, "hinge", learned, order="cyclic", relationship_every=count, fidelity=fidelity
+        )
+        sim = simulate(algorithm, federation, num_rounds=count)
+        np.testing.assert_allclose(sim.metrics["primal"][0, -1], update[expected], rtol=1e-8)
+        np.testing.assert_allclose(sim.state.sigma_prime[0], update["sigma_prime"], rtol=1e-8)
+        if fidelity == "paper":
+            np.testing.assert_allclose(sim.metrics["dual"][0, -1], update["dual_recomputed"], rtol=1e-8)
+            np.testing.assert_allclose(sim.state.clients.weights[0].T, update["W_recomputed"], rtol=1e-8)
+
+
+def rotated(period):
+    """The golden runs' order in round r of an outer iteration: coordinate ``(s + 7 r) mod n`` at step s, counted from 1."""
+
+    def order(key, round_index, size, capacity):
+        n = jnp.maximum(size, 1)
+        return ((jnp.arange(capacity) + 1) % n + 7 * (round_index % period + 1)) % n
+
+    return order
+
+
+OFFICIAL = {
+    "mocha_w_update": (mocha, {}),
+    "mbsdca": (minibatch_sdca, {}),
+    "mbsgd": (minibatch_sgd, {"fidelity": "released"}),
+    "cocoa_theta_0p5": (cocoa, {"inexactness": 0.5, "fidelity": "released"}),
+    "cocoa_theta_0p01": (cocoa, {"inexactness": 0.01, "fidelity": "released"}),
+}
+
+
+def small_settings(train):
+    return {
+        "sizes": train.sizes,
+        "capacity": train.capacity,
+        "features": 9,
+        "penalty": 1e-3,
+        "dtype": jnp.float64,
+    }
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_curves(name):
+    train, test = every_fourth_is_test(reference_data("mocha_small"))
+    factory, changes = OFFICIAL[name]
+    algorithm = factory(
+        dual.hinge(),
+        relationship=relationships.independent(),
+        order=rotated(10**6),
+        **small_settings(train),
+        **changes,
+    )
+    rows = [row for row in CURVES[name]["curve"] if row["round"] > 0]
+    metrics = simulate(algorithm, train, num_rounds=rows[-1]["round"]).metrics
+    for row in rows:
+        for value in {"primal", "dual", "gap"} & set(row) & set(metrics):
+            expected, ours = row[value], metrics[value][0, row["round"] - 1]
+            np.testing.assert_allclose(ours, expected, rtol=1e-8 if row["round"] <= 50 else 1e-6, atol=1e-9)
+        if "max_its" in row and row["round"] < len(metrics["slowest_steps"][0]):
+            assert metrics["slowest_steps"][0, row["round"]] + 1 == row["max_its"]
+
+
+@pytest.mark.parametrize("name", ["mocha_full_official", "mocha_full_recomputed_W"])
+def test_official_alternation(name):
+    train, test = every_fourth_is_test(reference_data("mocha_small"))
+    algorithm = mocha(
+        dual.hinge(),
+        relationship=relationships.task_relationship(),
+        relationship_every=20,
+        passes=0.5,
+        order=rotated(20),
+        fidelity="released" if name == "mocha_full_official" else "paper",
+        **small_settings(train),
+    )
+    sim = simulate(algorithm, train, num_rounds=220)
+    for row in CURVES[name]["curve"][1:]:
+        index = 20 * row["outer"] - 1
+        np.testing.assert_allclose(sim.metrics["primal"][0, index], row["primal"], rtol=1e-6)
+        np.testing.assert_allclose(sim.metrics["dual"][0, index], row["dual"], rtol=1e-6)
+    final = CURVES[name]["final"]
+    np.testing.assert_allclose(sim.state.covariance[0, 0, :5], final["Sigma_row0_first5"], rtol=1e-5)
+    np.testing.assert_allclose(sim.state.sigma_prime[0], final["rho"], rtol=1e-5)
+    if name == "mocha_full_official":
+        errors = test_errors(sim.state.clients.weights[0], test)
+        assert np.isfinite(errors)
+
+
+def test_errors(weights, test):
+    """Mean over tasks of the test error."""
+    inputs, labels = np.asarray(test.examples["inputs"]), np.asarray(test.examples["labels"])
+    rows = [np.asarray(own[:size]) for own, size in zip(test.indices, test.sizes, strict=True)]
+    return np.mean(
+        [np.mean(np.sign(inputs[r] @ w) != labels[r]) for r, w in zip(rows, np.asarray(weights), strict=True)]
+    )
+
+
+test_errors.__test__ = False
+
+
+def test_small_set_reaches_the_optimum():
+    train, _ = every_fourth_is_test(reference_data("mocha_small"))
+    algorithm = mocha(dual.hinge(), relationship=relationships.independent(), **small_settings(train))
+    metrics = simulate(algorithm, train, num_rounds=4000).metrics
+    np.testing.assert_allclose(
+        metrics["primal"][0, -1], CURVES["optimum_fixed_Omega"]["primal_generic_solver"], rtol=1e-9
+    )
+    assert metrics["gap"][0, -1] < 1e-9
+
+
+def test_school_optimum():
+    """The figures of the reference's School regression, round by round and at the optimum."""
+    data = reference_data("school")
+    inputs = data["X"].astype(float)
+    fourth = np.concatenate([np.arange(1, n + 1) % 4 == 0 for n in data["task_sizes"]])
+    mean, std = inputs[~fourth, :27].mean(0), inputs[~fourth, :27].std(0)
+    inputs[:, :27] = (inputs[:, :27] - mean) / std
+    train, test = every_fourth_is_test(data, inputs)
+    labels = train.examples["labels"] - np.asarray(data["y"], float)[~fourth].mean()
+    train, test = (f._replace(examples={**f.examples, "labels": labels}) for f in (train, test))
+    algorithm = mocha(
+        dual.squared(),
+        relationship=relationships.mean_regularised(1.0, 2.0, 0.1),
+        order="cyclic",
+        **{**small_settings(train), "features": 28, "penalty": 1.0},
+    )
+    sim = simulate(algorithm, train, num_rounds=500)
+    np.testing.assert_allclose(sim.state.sigma_prime[0], 18.358490566, rtol=1e-9)
+    expected = {
+        1: (7985.655374, 4060.399328),
+        10: (7298.033910, 6735.021560),
+        500: (7102.419380, 7101.957008),
+    }
+    for round_index, values in expected.items():
+        ours = [sim.metrics[value][0, round_index - 1] for value in ("primal", "dual")]
+        np.testing.assert_allclose(ours, values, rtol=1e-8)
+    tight = mocha(
+        dual.squared(),
+        relationship=relationships.mean_regularised(1.0, 2.0, 0.1),
+        sigma_prime="eigenvalue",
+        passes=5,
+        **{**small_settings(train), "features": 28, "penalty": 1.0},
+    )
+    metrics = simulate(tight, train, num_rounds=1500).metrics
+    np.testing.assert_allclose(metrics["primal"][0, -1], 7102.171784, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "optimum"), [(0.0, 5.44380818), (0.01, 5.70923257), (0.1, 6.02083461), (100.0, 6.28966088)]
+)
+def test_landmine_optima(coupling, optimum):
+    data = reference_data("landmine")
+    inputs = np.concatenate([data["X"], np.ones((len(data["X"]), 1))], axis=1)
+    train, _ = every_fourth_is_test(data, inputs)
+    algorithm = mocha(
+        dual.logistic(),
+        relationship=relationships.mean_regularised(1.0, coupling, 1e-3),
+        sigma_prime="eigenvalue",
+        passes=3,
+        **{**small_settings(train), "features": 10, "penalty": 1.0},
+    )
+    rounds = 100 if coupling == 0 else 400
+    metrics = simulate(algorithm, train, num_rounds=rounds).metrics
+    np.testing.assert_allclose(metrics["dual"][0, -1], optimum, rtol=2e-5)
+    np.testing.assert_allclose(metrics["primal"][0, -1], optimum, rtol=2e-5)
+
+
+# --- Against independent solvers.
+
+
+@pytest.mark.parametrize("loss", ["hinge", "squared"])
+def test_equals_the_slow_twin(loss):
+    inputs, labels = related_tasks(regression=loss == "squared")
+    federation = federate(inputs, labels)
+    rng = np.random.default_rng(3)
+    root = rng.normal(size=(6, 6))
+    covariance = root @ root.T + np.eye(6)
+    twin = Twin(loss, inputs, labels, covariance, 0.2)
+    algorithm = make(federation, loss, relationships.given(covariance), penalty=0.2, order="cyclic")
+    state, one_round = algorithm.init(jax.random.key(0)), jax.jit(algorithm.round)
+    for _ in range(12):
+        budgets = rng.integers(0, 13, 6)
+        steps = np.minimum(budgets, federation.sizes)
+        state, metrics = one_round(state, cohort_with(federation, budgets, budgets > 0), jax.random.key(0))
+        twin.round(steps)
+        np.testing.assert_allclose(state.clients.weights, twin.weights, atol=1e-10)
+        np.testing.assert_allclose([metrics["primal"], metrics["dual"]], twin.objective(), rtol=1e-9)
+        assert metrics["num_steps"] == steps.sum()
+
+
+def dual_optimum(loss, inputs, labels, covariance, penalty):
+    """The maximum of the dual by L-BFGS-B, a generic solver for smooth problems in a box."""
+    sizes = np.array([len(y) for y in labels])
+    y = np.concatenate(labels)
+    task = np.repeat(np.arange(len(sizes)), sizes)
+    x = np.concatenate(inputs)
+    n = sizes[task]
+    gram = covariance[task][:, task] * (x @ x.T) / np.outer(n, n) / penalty
+
+    def negative(alpha):
+        value = loss.conjugate(jnp.asarray(alpha), jnp.asarray(y))
+        slope = jax.vmap(jax.grad(loss.conjugate))(jnp.asarray(alpha), jnp.asarray(y))
+        return float(np.sum(np.asarray(value) / n) + alpha @ gram @ alpha / 2), np.asarray(
+            slope
+        ) / n + gram @ alpha
+
+    edge = 1e-12 if loss.name == "logistic" else 0.0
+    bounds = None
+    if loss.labels == "signs":
+        bounds = [(edge, 1 - edge) if sign > 0 else (-1 + edge, -edge) for sign in y]
+    start = np.where(np.array(y) > 0, 0.5, -0.5) if bounds else np.zeros(len(y))
+    options = {"maxiter": 20000, "maxfun": 100000, "ftol": 1e-16, "gtol": 1e-12, "maxcor": 60}
+    found = scipy.optimize.minimize(
+        negative, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options
+    )
+    return -found.fun
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gap_closes_at_a_generic_solvers_optimum(loss):
+    inputs, labels = related_tasks(seed=2, regression=loss == "squared")
+    federation = federate(inputs, labels)
+    relation = relationships.mean_regularised(0.1, 0.3, 0.05)
+    covariance = np.asarray(relation.init(6, jnp.float64))
+    algorithm = make(federation, loss, relation, passes=20, sigma_prime="eigenvalue")
+    metrics = simulate(algorithm, federation, num_rounds=400).metrics
+    assert metrics["gap"][0, -1] < 1e-9
+    expected = dual_optimum(LOSSES[loss], inputs, labels, covariance, 0.1)
+    np.testing.assert_allclose(metrics["primal"][0, -1], expected, rtol=1e-7)
+    assert metrics["primal"][0, -1] >= expected - 1e-9  # weak duality
+
+
+def test_limits_of_mean_regularisation():
+    """No coupling: every task alone. Much coupling: the pooled problem in which every task counts alike."""
+    inputs, labels = related_tasks(seed=4, regression=True)
+    federation = federate(inputs, labels)
+
+    def solve(coupling, rounds):
+        relation = relationships.mean_regularised(0.1, coupling, 0.05)
+        algorithm = make(federation, "squared", relation, passes=10, sigma_prime="eigenvalue")
+        return simulate(algorithm, federation, num_rounds=rounds).state.clients.weights[0]
+
+    for task, weights in enumerate(solve(0.0, 60)):
+        x, y = inputs[task], labels[task]
+        ridge = np.linalg.solve(x.T @ x / len(y) + 0.1 * np.eye(4), x.T @ y / len(y))
+        np.testing.assert_allclose(weights, ridge, atol=1e-8)
+    gram = sum(x.T @ x / len(x) for x in inputs) + 6 * 0.1 * np.eye(4)
+    pooled = np.linalg.solve(gram, sum(x.T @ y / len(y) for x, y in zip(inputs, labels, strict=True)))
+    np.testing.assert_allclose(solve(1e4, 400), np.tile(pooled, (6, 1)), atol=1e-4)
+
+
+# --- What the theory promises.
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    loss=st.sampled_from(sorted(LOSSES)),
+    aggregation=st.sampled_from([0.3, 1.0]),
+    bound=st.sampled_from(["row_sum", "eigenvalue"]),
+)
+def test_dual_never_decreases(seed, loss, aggregation, bound):
+    """Under random budgets and drops, with a safe sigma'; duals stay feasible, and absent nodes leave theirs alone."""
+    federation, algorithm, one_round = _monotone(loss, aggregation, bound)
+    rng = np.random.default_rng(seed)
+    state, previous = algorithm.init(jax.random.key(0)), -np.inf
+    for round_index in range(6):
+        present = rng.random(6) > 0.4
+        cohort = cohort_with(federation, rng.integers(0, 30, 6), present)
+        before, (state, metrics) = state, one_round(state, cohort, jax.random.key(seed + round_index))
+        assert metrics["dual"] >= previous - 1e-10
+        assert metrics["gap"] >= -1e-10
+        assert 0 <= metrics["inexactness"] <= 1
+        np.testing.assert_array_equal(state.clients.alpha[~present], before.clients.alpha[~present])
+        if loss != "squared":
+            product = np.asarray(state.clients.alpha) * padded_labels(federation)
+            assert product.min() >= -1e-12 and product.max() <= 1 + 1e-12
+        consistent = state.covariance @ state.dual_sums / 0.1
+        np.testing.assert_allclose(state.clients.weights, consistent, atol=1e-10)
+        previous = metrics["dual"]
+
+
+def padded_labels(federation):
+    real = np.arange(federation.capacity) < np.asarray(federation.sizes)[:, None]
+    return np.where(real, np.asarray(federation.examples["labels"])[np.asarray(federation.indices)], 0)
+
+
+_COMPILED = {}
+
+
+def _monotone(loss, aggregation, bound):
+    if (loss, aggregation, bound) not in _COMPILED:
+        inputs, labels = related_tasks(seed=7, regression=loss == "squared")
+        federation = federate(inputs, labels)
+        root = np.random.default_rng(8).normal(size=(6, 6))
+        relation = relationships.given(root @ root.T + 0.1 * np.eye(6))
+        algorithm = make(
+            federation,
+            loss,
+            relation,
+            aggregation=aggregation,
+            sigma_prime=bound,
+            passes=2,
+            measure_inexactness=True,
+        )
+        _COMPILED[loss, aggregation, bound] = federation, algorithm, jax.jit(algorithm.round)
+    return _COMPILED[loss, aggregation, bound]
+
+
+def test_padding_and_execution_change_nothing():
+    inputs, labels = related_tasks(seed=5)
+    relation = relationships.task_relationship(ridge=0.1)
+    results = []
+    for capacity, mode in ((None, "vmap"), (40, "vmap"), (None, "map")):
+        federation = federate(inputs, labels, capacity)
+        algorithm = make(
+            federation,
+            "hinge",
+            relation,
+            max_steps=11,
+            relationship_every=3,
+            execution=make_execution(mode),
+        )
+        results.append(simulate(algorithm, federation, num_rounds=9))
+    for other in results[1:]:
+        np.testing.assert_allclose(other.state.clients.weights, results[0].state.clients.weights, atol=1e-12)
+        np.testing.assert_allclose(other.metrics["gap"], results[0].metrics["gap"], atol=1e-12)
+
+
+def test_order_of_tasks_does_not_matter():
+    inputs, labels = related_tasks(seed=5)
+    permutation = np.array([3, 1, 5, 0, 4, 2])
+    root = np.random.default_rng(1).normal(size=(6, 6))
+    covariance = root @ root.T + np.eye(6)
+    straight, shuffled = (
+        federate(inputs, labels),
+        federate([inputs[p] for p in permutation], [labels[p] for p in permutation]),
+    )
+    first = make(straight, "hinge", relationships.given(covariance), order="cyclic")
+    second = make(
+        shuffled, "hinge", relationships.given(covariance[permutation][:, permutation]), order="cyclic"
+    )
+    a = simulate(first, straight, num_rounds=5).state.clients.weights[0]
+    b = simulate(second, shuffled, num_rounds=5).state.clients.weights[0]
+    np.testing.assert_allclose(a[permutation], b, atol=1e-12)
+
+
+def test_slots_of_a_cohort_in_any_order():
+    inputs, labels = related_tasks(seed=6)
+    federation = federate(inputs, labels)
+    algorithm = make(federation, "hinge", relationships.mean_regularised(0.1, 1.0, 0.1))
+    state = algorithm.init(jax.random.key(0))
+    straight, _ = algorithm.round(state, cohort_with(federation), jax.random.key(1))
+    ids = jnp.array([4, 0, 5, 2, 1, 3])
+    mixed, metrics = algorithm.round(state, sampling.make_cohort(federation, ids), jax.random.key(1))
+    np.testing.assert_allclose(straight.clients.weights, mixed.clients.weights, atol=1e-14)
+    value = objective(LOSSES["hinge"], 0.1, straight, federation)
+    np.testing.assert_allclose(metrics["gap"], value.gap, atol=1e-12)
+
+
+def test_alternation_never_raises_the_joint_objective():
+    """Exact W steps and the Sigma step take turns; the joint objective is ``P`` with ``Sigma`` of trace one."""
+    inputs, labels = related_tasks(seed=9, low=10, high=20)
+    federation = federate(inputs, labels)
+    algorithm = make(
+        federation,
+        "squared",
+        relationships.task_relationship(floor=1e-4),
+        relationship_every=60,
+        passes=5,
+        sigma_prime="eigenvalue",
+    )
+    primal = np.asarray(simulate(algorithm, federation, num_rounds=360).metrics["primal"][0])
+    before_update = primal[58::60]  # the last round of an outer iteration reports the new Sigma already
+    assert (np.diff(before_update) <= 1e-6).all()
+    assert before_update[-1] < before_update[0] - 1e-3
+
+
+def test_dropped_for_ever_converges_to_a_wrong_point():
+    inputs, labels = related_tasks(seed=3)
+    federation = federate(inputs, labels)
+    algorithm = make(federation, "hinge", relationships.mean_regularised(0.1, 1.0, 0.1))
+    probability = np.array([1.0, 0, 0, 0, 0, 0])
+    sampler = sampling.dropping(sampling.full_participation(), probability)
+    everybody = simulate(algorithm, federation, num_rounds=300).metrics
+    without = simulate(algorithm, federation, num_rounds=300, sampler=sampler).metrics
+    assert everybody["gap"][0, -1] < 1e-3
+    assert without["gap"][0, -1] > 0.05
+    sampler = sampling.dropping(sampling.full_participation(), 0.5)
+    half = simulate(algorithm, federation, num_rounds=600, sampler=sampler).metrics
+    assert half["gap"][0, -1] < 1e-3
+
+
+def test_one_compilation_and_seeds():
+    inputs, labels = related_tasks(seed=1)
+    federation = federate(inputs, labels)
+    traces = []
+
+    def counted(key, round_index, size, capacity):
+        traces.append(1)
+        return jax.random.permutation(key, capacity)
+
+    inputs = [x[:5] for x in inputs]
+    federation = federate(inputs, [y[:5] for y in labels])
+    algorithm = make(
+        federation, "hinge", relationships.task_relationship(), relationship_every=4, order=counted
+    )
+    sim = simulate(algorithm, federation, num_rounds=12, eval_every=4, seeds=(0, 1))
+    assert len(traces) <= 2  # shapes, then the program
+    alone = simulate(algorithm, federation, num_rounds=12, eval_every=4, seeds=(1,))
+    np.testing.assert_allclose(sim.state.clients.weights[1], alone.state.clients.weights[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_coordinate_step_is_the_maximiser(loss):
+    """No other value of the coordinate does better, whatever score and curvature."""
+    rng = np.random.default_rng(0)
+    count = 500
+    y = rng.normal(size=count) if loss == "squared" else rng.choice([-1.0, 1.0], count)
+    alpha = y * rng.random(count) ** rng.choice([1, 5, 20], count)
+    score, curvature = (
+        rng.normal(size=count) * rng.choice([0.1, 3, 30], count),
+        10 ** rng.uniform(-3, 4, count),
+    )
+    law = LOSSES[loss]
+
+    def decrease(new):
+        """What the coordinate adds to G."""
+        change = new - alpha
+        return (
+            np.asarray(law.conjugate(jnp.asarray(new), jnp.asarray(y)))
+            + score * change
+            + curvature / 2 * change**2
+        )
+
+    best = np.asarray(law.ascend(*map(jnp.asarray, (alpha, y, score, curvature))))
+    for other in (alpha, *(y * level for level in (0.0, 1e-6, 0.01, 0.3, 0.7, 0.99, 1 - 1e-6, 1.0))):
+        assert (decrease(best) <= decrease(other) + 1e-9 * (1 + np.abs(decrease(best)))).all()
+    for shift in (-1e-5, 1e-5):
+        near = y * np.clip(y * best + shift, 0, 1) if loss != "squared" else best + shift
+        assert (decrease(best) <= decrease(near) + 1e-9 * (1 + np.abs(decrease(best)))).all()
+
+
+# --- The methods it is compared with.
+
+
+def baseline_settings(federation):
+    return {
+        "sizes": federation.sizes,
+        "capacity": federation.capacity,
+        "features": 4,
+        "penalty": 0.1,
+        "dtype": jnp.float64,
+    }
+
+
+def test_cocoa_keeps_its_theta():
+    inputs, labels = related_tasks(seed=11)
+    federation = federate(inputs, labels)
+    algorithm = cocoa(
+        dual.hinge(),
+        inexactness=0.2,
+        relationship=relationships.mean_regularised(0.1, 1.0, 0.1),
+        measure_inexactness=True,
+        **baseline_settings(federation),
+    )
+    metrics = simulate(algorithm, federation, num_rounds=12).metrics
+    assert metrics["worst_inexactness"][0].max() <= 0.2
+    assert (np.diff(metrics["dual"][0]) >= -1e-10).all()
+
+
+@pytest.mark.parametrize("factory", [minibatch_sdca, minibatch_sgd])
+def test_minibatch_methods_approach_the_optimum(factory):
+    inputs, labels = related_tasks(seed=12)
+    federation = federate(inputs, labels)
+    relation = relationships.mean_regularised(0.1, 0.2, 0.1)
+    reference = make(federation, "hinge", relation, passes=10)
+    best = simulate(reference, federation, num_rounds=300).metrics["primal"][0, -1]
+    changes = {"scaling": 6.0} if factory is minibatch_sdca else {"scaling": 2.0}
+    algorithm = factory(dual.hinge(), relationship=relation, **baseline_settings(federation), **changes)
+    primal = simulate(algorithm, federation, num_rounds=800).metrics["primal"][0]
+    assert best - 1e-9 <= primal[-1] < best + 0.02 * (primal[0] - best)
+
+
+def test_global_model_is_the_pooled_problem_and_local_models_are_alone():
+    inputs, labels = related_tasks(seed=13, regression=True)
+    federation = federate(inputs, labels, 14)
+    settings_ = baseline_settings(federation)
+    pooled = simulate(global_model(dual.squared(), passes=5, **settings_), federation, num_rounds=60)
+    x, y = np.concatenate(inputs), np.concatenate(labels)
+    expected = np.linalg.solve(x.T @ x / len(y) + 0.1 * np.eye(4), x.T @ y / len(y))
+    np.testing.assert_allclose(pooled.state.clients.weights[0], np.tile(expected, (6, 1)), atol=1e-9)
+    alone = simulate(local_models(dual.squared(), passes=5, **settings_), federation, num_rounds=60)
+    for task, weights in enumerate(alone.state.clients.weights[0]):
+        x, y = inputs[task], labels[task]
+        ridge = np.linalg.solve(x.T @ x / len(y) + 0.1 * np.eye(4), x.T @ y / len(y))
+        np.testing.assert_allclose(weights, ridge, atol=1e-9)
+
+
+# --- A task that arrives later.
+
+
+def test_newcomer_minimises_its_own_part():
+    inputs, labels = related_tasks(num_tasks=7, seed=14)
+    federation, newcomer = federate(inputs[:6], labels[:6]), federate(inputs[6:], labels[6:])
+    covariance = np.asarray(relationships.mean_regularised(0.1, 1.0, 0.1).init(7, jnp.float64))
+    relation = relationships.mean_regularised(0.1, 1.0, 0.1)
+    algorithm = make(federation, "logistic", relation, passes=5)
+    state = jax.tree.map(lambda x: x[0], simulate(algorithm, federation, num_rounds=100).state)
+    adapted = algorithm.adapt(state, newcomer, jax.random.key(5))
+    precision = np.linalg.inv(covariance)
+    others = np.asarray(state.clients.weights)
+
+    def own_part(w):
+        regulariser = precision[6, 6] * w @ w + 2 * w @ (precision[6, :6] @ others)
+        return np.mean(np.logaddexp(0, -labels[6] * (inputs[6] @ w))) + 0.1 / 2 * regulariser
+
+    best = scipy.optimize.minimize(own_part, np.zeros(4), method="BFGS", options={"gtol": 1e-10})
+    np.testing.assert_allclose(adapted.clients.weights[0], best.x, atol=1e-5)
+    scores = algorithm.predict(adapted, jnp.array([0]), inputs[6][None])
+    np.testing.assert_allclose(scores[0], inputs[6] @ best.x, atol=1e-4)
+
+
+def test_later_task_joins():
+    inputs, labels = related_tasks(num_tasks=7, seed=15)
+    capacity = max(map(len, labels))
+    early, everybody = federate(inputs[:6], labels[:6], capacity), federate(inputs, labels, capacity)
+    relation = relationships.task_relationship(ridge=0.1)
+    first = make(early, "hinge", relation, relationship_every=10)
+    state = jax.tree.map(lambda x: x[0], simulate(first, early, num_rounds=20).state)
+    second = make(everybody, "hinge", relation, relationship_every=10)
+    grown = with_later_task(state, relation, 0.1)
+    np.testing.assert_allclose(jnp.trace(grown.covariance), jnp.trace(state.covariance))
+    sim = simulate(
+        second, everybody, num_rounds=60, state=jax.tree.map(lambda x: x[None], grown), start_round=20
+    )
+    assert sim.metrics["gap"][0, -1] < sim.metrics["gap"][0, 0]
+    assert np.abs(sim.state.clients.weights[0, 6]).max() > 0.01
+    adapted = first.adapt(state, federate(inputs[6:], labels[6:]), jax.random.key(0))
+    assert np.isfinite(adapted.clients.weights).all()
+
+
+# --- Bad input.
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([np.ones(3), np.array([1.0, -1.0])], "all 3 training labels of task 0 are 1"),
+        ([np.array([1.0, -1.0]), np.ones(1)], "task 1 has 1 training example"),
+        ([np.array([1.0, -1.0]), np.array([0.0, 1.0])], "task 1 has label 0"),
+    ],
+)
+def test_tasks_that_teach_nothing(labels, message):
+    federation = federate([np.ones((len(y), 2)) for y in labels], labels)
+    with pytest.raises(ValueError, match=message):
+        check_tasks(federation, dual.hinge())
+
+
+def test_regression_has_no_classes():
+    check_tasks(federate([np.ones((3, 2))], [np.ones(3)]), dual.squared())
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[1.0, 0.5], [0.2, 1.0]], r"not symmetric: entry \(0, 1\) is 0.5"),
+        ([[1.0, 2.0], [2.0, 1.0]], "not positive definite: its smallest eigenvalue is -1"),
+        ([[1.0, np.nan], [np.nan, 1.0]], "not finite"),
+        ([[1.0, 0.0]], "2 tasks|1 tasks"),
+    ],
+)
+def test_bad_relations(matrix, message):
+    with pytest.raises(ValueError, match=message):
+        relationships.given(np.array(matrix))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relationship": relationships.given(np.eye(3))}, "6 tasks need"),
+        ({"fidelity": "exact"}, "fidelity must be"),
+        ({"passes": 0}, "passes is 0"),
+        ({"inexactness": 1.0}, "inexactness is 1.0"),
+        ({"aggregation": 2.0}, "aggregation is 2.0"),
+        ({"sigma_prime": "tight"}, "unknown sigma_prime 'tight'"),
+        ({"relationship_every": 5}, "this relationship is fixed"),
+        ({"relationship": relationships.clustered(9), "penalty": 1.0}, "9 clusters of 6 tasks"),
+    ],
+)
+def test_bad_settings(changes, message):
+    inputs, labels = related_tasks()
+    federation = federate(inputs, labels)
+    arguments = {"relationship": relationships.independent(), **changes}
+    with pytest.raises(ValueError, match=message):
+        make(federation, "hinge", **arguments).init(jax.random.key(0))
+
+
+def test_double_precision_needs_x64():
+    federation = tiny_federation("hinge")
+    with jax.enable_x64(False), pytest.raises(ValueError, match="x64"):
+        make(federation, "hinge", relationships.independent())
+
+
+def test_bad_generators():
+    for make_relation in (
+        lambda: relationships.mean_regularised(1.0, 1.0, 0.0),
+        lambda: relationships.clustered(0),
+        lambda: relationships.sparse_precision(1.0, -1.0),
+        lambda: dual.smoothed_hinge(0.0),
+        lambda: sampling.dropping(sampling.full_participation(), 1.5),
+        lambda: sampling.fraction_of_data(0.9, 0.1),
+    ):
+        with pytest.raises(ValueError):
+            make_relation()
