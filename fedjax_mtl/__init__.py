@@ -1,6 +1,16 @@
 """Federated multi-task learning as compositions of pure functions: see the README for the tour."""
 
-from fedjax_mtl import algorithms, batching, models, sampling, server, tasks, topology
+from fedjax_mtl import (
+    algorithms,
+    batching,
+    models,
+    relationships,
+    sampling,
+    server,
+    task_graphs,
+    tasks,
+    topology,
+)
 from fedjax_mtl.algorithm import Algorithm, decentralized, federated
 from fedjax_mtl.batching import Batch, BatchPlan
 from fedjax_mtl.clients import ClientResult, ClientUpdate, Phase, local_trainer, loss_gradient, proximal
@@ -16,6 +26,7 @@ from fedjax_mtl.federation import (
 )
 from fedjax_mtl.models import Model
 from fedjax_mtl.population import Group, client_offsets, heterogeneous
+from fedjax_mtl.relational import relational
 from fedjax_mtl.simulate import Block, Simulation, simulate, simulate_blocks
 from fedjax_mtl.tasks import Task
 
@@ -53,11 +64,14 @@ __all__ = [
     "map_clients",
     "models",
     "proximal",
+    "relational",
+    "relationships",
     "sampling",
     "server",
     "simulate",
     "simulate_blocks",
     "summarise_clients",
+    "task_graphs",
     "tasks",
     "topology",
 ]

@@ -202,6 +202,7 @@ def local_trainer(
     plan: BatchPlan,
     *,
     personal: trees.PathPredicate = trees.nothing,
+    frozen: trees.PathPredicate = trees.nothing,
     phases: Sequence[Phase] | None = None,
     proximal_strength: float | jax.Array = 0.0,
     schedule: Schedule | None = None,
@@ -216,6 +217,7 @@ def local_trainer(
         model, task: what is trained, on ``examples["inputs"]`` and ``examples["labels"]``.
         optimizer: any optax optimiser. plan: how far a round goes.
         personal: path predicate of the leaves that stay on the client; the others are the pseudo-gradient.
+        frozen: path predicate of the leaves that nobody trains: they neither travel nor are copied to clients, and no gradient of them is computed. With it, ``phases`` name what they train.
         phases: alternation, e.g. head then body: each phase trains only the leaves its predicate selects, by its own plan and optimiser.
             Default: one phase, everything, ``plan``. Budgets apply to each phase.
         proximal_strength: FedProx's mu; the anchor is the start of the round.
@@ -232,24 +234,24 @@ def local_trainer(
     if reported_loss not in ("mean", "first", "start", "full"):
         raise ValueError(f"unknown reported_loss {reported_loss!r}; expected mean, first, start or full")
     losses = example_losses(model, task)
-    gradient = loss_gradient(losses)
+    trainable = trees.negate(frozen)
 
-    def split(params):
-        return trees.partition(params, personal)
+    def travels(path):
+        return not personal(path) and not frozen(path)
 
     def init(params):
-        own, _ = split(params)
-        return TrainerState(own, optimizer.init(params) if keep_optimizer else ())
+        moving = trees.partition(params, trainable)[0]
+        own = trees.partition(moving, personal)[0]
+        return TrainerState(own, optimizer.init(moving) if keep_optimizer else ())
+
+    def gradient_beside(still):
+        """The gradient in some leaves, beside others that stay as they are."""
+        return loss_gradient(lambda moving, e, k: losses(trees.combine(moving, still), e, k))
 
     def train_phase(params, state, client, key, phase):
-        moving, frozen = trees.partition(params, phase.trained)
+        moving, still = trees.partition(params, phase.trained)
         solver = phase.optimizer or optimizer
-
-        def moving_gradient(leaves, batch, step_key):
-            return loss_gradient(lambda p, e, k: losses(trees.combine(p, frozen), e, k))(
-                leaves, batch, step_key
-            )
-
+        moving_gradient = gradient_beside(still)
         pulled = proximal(moving_gradient, proximal_strength, moving)
         uses_anchor = not isinstance(proximal_strength, (int, float)) or proximal_strength != 0
         result = train(
@@ -263,7 +265,7 @@ def local_trainer(
             step_scale=1.0 if schedule is None else schedule(client.round),
             watched=watched,
         )
-        return result._replace(params=trees.combine(result.params, frozen))
+        return result._replace(params=trees.combine(result.params, still))
 
     def update(params, state, client, key):
         start = trees.combine(state.personal, params)
@@ -271,18 +273,19 @@ def local_trainer(
         metrics = {}
         if reported_loss == "full":
             metrics["loss"] = jnp.sum(local_losses(losses, start, client, 256)) / jnp.maximum(client.size, 1)
-        for index, phase in enumerate(phases or (Phase(trees.everything, plan),)):
+        for index, phase in enumerate(phases or (Phase(trainable, plan),)):
             trained = train_phase(current, optimizer_state, client, jax.random.fold_in(key, index), phase)
             current = trained.params
             if reported_loss == "start":
                 metrics.setdefault("loss", trained.first_loss)
-        own, shared = split(current)
+        own = trees.partition(trees.partition(current, trainable)[0], personal)[0]
+        before, after = (trees.partition(p, travels)[0] for p in (start, current))
         metrics.setdefault("loss", trained.first_loss if reported_loss == "first" else trained.loss)
         metrics["num_steps"] = trained.num_steps
         if jax.tree.leaves(trees.partition(start, watched)[0]):
             metrics |= {"first_step_norm": trained.first_norm, "mean_step_norm": trained.mean_norm}
         kept = TrainerState(own, trained.optimizer if keep_optimizer else ())
-        return ClientResult(optax.tree.sub(split(start)[1], shared), kept, metrics)
+        return ClientResult(optax.tree.sub(before, after), kept, metrics)
 
     def predict(params, state, inputs):
         return model.apply(trees.combine(state.personal, params), inputs, None)
@@ -290,8 +293,83 @@ def local_trainer(
     def adapt(params, client, key):
         if adaptation is None:
             return init(params)
-        tuned = train(gradient, optimizer, adaptation, params, optimizer.init(params), client, key)
+        moving, still = trees.partition(params, trainable)
+        state = optimizer.init(moving)
+        tuned = train(gradient_beside(still), optimizer, adaptation, moving, state, client, key)
         # The newcomer keeps the whole tuned model, whatever it would share in training.
         return TrainerState(tuned.params, ())
 
-    return ClientUpdate(init, update, predict, adapt, shared=lambda path: not personal(path))
+    return ClientUpdate(init, update, predict, adapt, shared=travels)
+
+
+Pull = Callable[[PyTree, PyTree], PyTree]
+
+
+def quadratic_pull(strength: float | jax.Array) -> Pull:
+    """The gradient of ``strength / 2 ||own - received||^2``."""
+    return lambda own, received: jax.tree.map(lambda w, a: strength * (w - a), own, received)
+
+
+def anchored_trainer(
+    model: Any,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    plan: BatchPlan,
+    pull: Pull,
+    *,
+    schedule: Schedule | None = None,
+    keep_optimizer: bool = False,
+    adaptation: BatchPlan | None = None,
+) -> ClientUpdate:
+    """A client that keeps its own model and trains it on, while what the server sends only pulls at it.
+
+    It sends its own model (as a pseudo-gradient: what it received minus that), and predicts with it.
+
+    Args:
+        model, task, optimizer, plan, schedule, keep_optimizer: local training, as for :func:`local_trainer`.
+        pull: ``(own, received) -> gradient`` that is added to the loss's, see :func:`quadratic_pull`.
+        adaptation: training of a newcomer, from what it receives; None leaves that.
+    """
+    gradient = loss_gradient(example_losses(model, task))
+
+    def pulled_to(received):
+        def pulled(params, batch, key):
+            loss, grads = gradient(params, batch, key)
+            return loss, jax.tree.map(jnp.add, grads, pull(params, received))
+
+        return pulled
+
+    def init(params):
+        return TrainerState(params, optimizer.init(params) if keep_optimizer else ())
+
+    def run(received, state, client, key, plan):
+        start = state.optimizer if keep_optimizer else optimizer.init(state.personal)
+        scale = 1.0 if schedule is None else schedule(client.round)
+        # The batches of local_trainer's first phase, so that without a pull it is the same training.
+        return train(
+            pulled_to(received),
+            optimizer,
+            plan,
+            state.personal,
+            start,
+            client,
+            jax.random.fold_in(key, 0),
+            step_scale=scale,
+        )
+
+    def update(params, state, client, key):
+        trained = run(params, state, client, key, plan)
+        kept = TrainerState(trained.params, trained.optimizer if keep_optimizer else ())
+        metrics = {"loss": trained.loss, "num_steps": trained.num_steps}
+        return ClientResult(optax.tree.sub(params, trained.params), kept, metrics)
+
+    def predict(params, state, inputs):
+        del params
+        return model.apply(state.personal, inputs, None)
+
+    def adapt(params, client, key):
+        if adaptation is None:
+            return init(params)
+        return init(run(params, init(params), client, key, adaptation).params)
+
+    return ClientUpdate(init, update, predict, adapt)

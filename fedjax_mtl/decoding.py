@@ -52,6 +52,8 @@ def greedy(
             the model can hold.
     """
     _check(prompts, lengths, max_new_tokens)
+    # What stands for a virtual token does not matter.
+    prompts, lengths = jnp.pad(prompts, ((0, 0), (model.prefix, 0))), lengths + model.prefix
     batch, capacity = prompts.shape
     cache = model.empty_cache(batch, capacity + max_new_tokens, _cache_dtype(params))
     # Padding is not attended to, but a token that has no embedding would be NaN, which times 0 is NaN.

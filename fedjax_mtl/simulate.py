@@ -72,6 +72,7 @@ def simulate_blocks(
     evaluation_data: PyTree = None,
     eval_every: int | None = None,
     hyperparameters: dict[str, jax.Array] | None = None,
+    initial: Callable[[PyTree], PyTree] | None = None,
     state: PyTree | None = None,
     start_round: int = 0,
 ) -> Iterator[Block]:
@@ -90,6 +91,7 @@ def simulate_blocks(
         evaluation_data: what ``evaluate`` reads, e.g. Splits. An argument, because arrays that a compiled function closes over are copied into it.
         eval_every: rounds in a block; default all of them.
         hyperparameters: arrays ``[settings, ...]``, of one length; ``algorithm(**setting)`` is traced once for all.
+        initial: changes the state after ``init``, outside of any compiled program, e.g. puts a checkpoint's weights in; it sees the leading axes of :class:`Block`.
         state, start_round: continue from here (the state is copied); by default from ``init``. No Block is yielded for the start.
 
     Raises:
@@ -153,6 +155,7 @@ def simulate_blocks(
 
     if state is None:
         state = init_all(settings, keys)
+        state = state if initial is None else initial(state)
         yield Block(0, state, {}, evaluation_at(0, state))
     else:
         state = jax.tree.map(jnp.copy, state)  # blocks donate it

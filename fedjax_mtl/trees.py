@@ -4,6 +4,7 @@ A *path* is a tuple of strings, ``("decoders", "depth", "kernel")`` for ``params
 a *predicate* maps a path to a bool. What is shared and what stays on a client is such a predicate, never a class.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,18 +47,19 @@ def partition(tree: PyTree, predicate: PathPredicate) -> tuple[PyTree, PyTree]:
 
     ``None`` is an empty subtree to JAX, so both parts go through maps, optimisers and transformations as they are.
     """
-    selected = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if predicate(_as_path(path)) else None, tree
-    )
-    rest = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if predicate(_as_path(path)) else leaf, tree
-    )
+    selected = map_with_path(lambda path, leaf: leaf if predicate(path) else None, tree)
+    rest = map_with_path(lambda path, leaf: None if predicate(path) else leaf, tree)
     return selected, rest
 
 
 def combine(first: PyTree, second: PyTree) -> PyTree:
     """The inverse of :func:`partition`: fills the ``None`` places of ``first`` from ``second``."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def map_with_path(fn: Callable[[Path, Any], Any], tree: PyTree) -> PyTree:
+    """``fn(path, leaf)`` of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_as_path(path), leaf), tree)
 
 
 def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
@@ -142,3 +144,13 @@ def inner_products(first: PyTree, second: PyTree) -> jax.Array:
         return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
     return sum(map(product, jax.tree.leaves(first), jax.tree.leaves(second)), jnp.zeros(()))
+
+
+def unflatten_clients(rows: jax.Array, like: PyTree) -> PyTree:
+    """The inverse of :func:`flat_clients`: ``[clients, parameters]`` in the shapes of ``like``, leaves ``[clients, ...]``."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = list(itertools.accumulate(leaf[0].size for leaf in leaves))
+    parts = jnp.split(rows, ends[:-1], axis=1)
+    return jax.tree.unflatten(
+        structure, [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)]
+    )

@@ -11,6 +11,7 @@ from fedjax_mtl import (
     make_execution,
     make_federation,
     models,
+    task_graphs,
     tasks,
     topology,
     trees,
@@ -81,6 +82,25 @@ def make_algorithms(execution=VMAP, num_clients=NUM_CLIENTS):
         "pfedme": algorithms.pfedme(**training, learning_rate=0.05, inner_steps=2),
         "pfedme_released": algorithms.pfedme(**training, penalty=0.1, fidelity="released"),
         "q_ffl": algorithms.q_ffl(**around, plan=PLAN, learning_rate=0.1, q=1.0),
+        **relational_algorithms(training, num_clients),
+    }
+
+
+def relational_algorithms(training, num_clients):
+    """Those whose clients keep models of their own that the server relates."""
+    graph = task_graphs.random(num_clients, seed=1)
+    parts = {"encoder": trees.under("encoder")}
+    return {
+        "ditto": algorithms.ditto(**training, penalty=0.3),
+        "fedamp": algorithms.fedamp(**training, bandwidth="median", parts=("encoder", "decoder")),
+        "fedhca2": algorithms.fedhca2(**training, **parts, decoder=trees.under("decoder")),
+        "fedmtl": algorithms.fedmtl(**training),
+        "fedu": algorithms.fedu(**training, graph=task_graphs.fixed(graph), strength=0.1),
+        "fedu_all": algorithms.fedu(**training, graph=task_graphs.learned(), strength=0.1, neighbours="all"),
+        "matfl": algorithms.matfl(**training, **parts),
+        "sheaf_fmtl": algorithms.sheaf_fmtl(
+            **training, adjacency=graph, strength=0.05, map_step=0.01, compression=0.2, deviation=0.3
+        ),
     }
 
 

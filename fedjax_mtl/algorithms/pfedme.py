@@ -15,9 +15,10 @@ from fedjax_mtl.clients import (
     ClientResult,
     ClientUpdate,
     Schedule,
+    anchored_trainer,
     loss_gradient,
     proximal,
-    train,
+    quadratic_pull,
 )
 from fedjax_mtl.execution import Execution
 from fedjax_mtl.models import Model
@@ -28,10 +29,9 @@ PyTree = Any
 
 
 class PersonalState(NamedTuple):
-    """What a pFedMe client keeps: its personalised model, and (released) its optimiser's state."""
+    """What a pFedMe client keeps: its personalised model."""
 
     personal: PyTree
-    optimizer: Any
 
 
 def _moreau_client(
@@ -76,62 +76,18 @@ def _moreau_client(
         return w, theta, {"loss": total / jnp.maximum(done, 1), "num_steps": done}
 
     def init(params):
-        return PersonalState(params, ())
+        return PersonalState(params)
 
     def update(params, state, client, key):
         w, theta, metrics = run(params, state.personal, client, key)
-        return ClientResult(optax.tree.sub(params, w), PersonalState(theta, ()), metrics)
+        return ClientResult(optax.tree.sub(params, w), PersonalState(theta), metrics)
 
     def predict(params, state, inputs):
         del params
         return model.apply(state.personal, inputs, None)
 
     def adapt(params, client, key):
-        return PersonalState(run(params, params, client, key)[1], ())
-
-    return ClientUpdate(init, update, predict, adapt)
-
-
-def _penalised_client(
-    model: Model,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    plan: BatchPlan,
-    penalty: float | jax.Array,
-    schedule: Schedule | None,
-) -> ClientUpdate:
-    """FedEM's released form: the personal model trains under a penalty to the average of all personal models."""
-    gradient = loss_gradient(example_losses(model, task))
-
-    def init(params):
-        return PersonalState(params, optimizer.init(params))
-
-    def run(params, state, client, key):
-        trained = train(
-            proximal(gradient, penalty, params),
-            optimizer,
-            plan,
-            state.personal,
-            state.optimizer,
-            client,
-            key,
-            step_scale=1.0 if schedule is None else schedule(client.round),
-        )
-        return PersonalState(trained.params, trained.optimizer), trained
-
-    def update(params, state, client, key):
-        kept, trained = run(params, state, client, key)
-        metrics = {"loss": trained.loss, "num_steps": trained.num_steps}
-        # With a plain average at the server the new w is the mean of the personal models.
-        return ClientResult(optax.tree.sub(params, kept.personal), kept, metrics)
-
-    def predict(params, state, inputs):
-        del params
-        return model.apply(state.personal, inputs, None)
-
-    def adapt(params, client, key):
-        del client, key
-        return init(params)
+        return PersonalState(run(params, params, client, key)[1])
 
     return ClientUpdate(init, update, predict, adapt)
 
@@ -171,7 +127,9 @@ def pfedme(
     if fidelity not in ("paper", "released"):
         raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
     if fidelity == "released":
-        client = _penalised_client(model, task, optimizer, plan, penalty, schedule)
+        # With a plain average at the server the anchor is the mean of the personal models.
+        pull = quadratic_pull(penalty)
+        client = anchored_trainer(model, task, optimizer, plan, pull, schedule=schedule, keep_optimizer=True)
         server, weighting = step_from(optax.sgd(1.0)), "population"
     else:
         client = _moreau_client(model, task, optimizer, plan, penalty, learning_rate, inner_steps, schedule)

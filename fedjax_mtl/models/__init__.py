@@ -1,11 +1,14 @@
 """Models: pairs of pure functions, with flax behind them."""
 
+from fedjax_mtl.models import adapters
 from fedjax_mtl.models.base import Model, from_flax
 from fedjax_mtl.models.convolution import PatchConv
 from fedjax_mtl.models.dense_prediction import multi_decoder, task_conditioned
+from fedjax_mtl.models.lora import lora
 from fedjax_mtl.models.multitask import body_and_head, many_heads
 from fedjax_mtl.models.networks import MLP, CharLSTM, Linear, TwoLayerCNN, cnn, linear, lstm, mlp
 from fedjax_mtl.models.pretrained import from_hugging_face_config
+from fedjax_mtl.models.prompt_tuning import prompt_tuning
 from fedjax_mtl.models.split_parts import conv_trunk, patch_embedding, task_adaptation, vit_trunk
 from fedjax_mtl.models.transformer import (
     LanguageModel,
@@ -26,6 +29,7 @@ __all__ = [
     "PatchConv",
     "TransformerConfig",
     "TwoLayerCNN",
+    "adapters",
     "body_and_head",
     "cnn",
     "conv_trunk",
@@ -36,11 +40,13 @@ __all__ = [
     "language_model",
     "linear",
     "llama",
+    "lora",
     "lstm",
     "many_heads",
     "mlp",
     "multi_decoder",
     "patch_embedding",
+    "prompt_tuning",
     "task_adaptation",
     "task_conditioned",
     "tiny_transformer",

@@ -389,12 +389,14 @@ class LanguageModel(NamedTuple):
         step: ``(params, tokens int [batch, positions], cache, start int [batch]) -> (logits [batch, positions, vocabulary], cache)``: what ``apply`` gives for
             ``tokens`` that stand at ``start, start + 1, ...`` of their own sequence, after the tokens whose keys and values are in the cache at earlier
             positions. Later entries are not read, so a prompt may be padded on the right and its padding overwritten.
+        prefix: virtual tokens that stand before every sequence: ``step`` counts positions from the first of them, ``apply`` adds them itself.
     """
 
     init: Callable[[jax.Array], PyTree]
     apply: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
     empty_cache: Callable[..., PyTree]
     step: Callable[[PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+    prefix: int = 0
 
 
 def language_model(config: TransformerConfig) -> LanguageModel:

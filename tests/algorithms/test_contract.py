@@ -95,7 +95,7 @@ def test_finite_and_learning(name):
     assert np.mean(losses[-3:]) < np.mean(losses[:2])
 
 
-WHOLE = ("clustered", "decentralized_fedem", "l2sgd", "pfedme_released")
+WHOLE = ("clustered", "decentralized_fedem", "fedmtl", "l2sgd", "pfedme_released")
 PARTIAL = [name for name in NAMES if name not in WHOLE]
 
 
@@ -231,7 +231,7 @@ def mapped_factories():
     import optax
     from helpers import MODEL, PLAN, TASK, VMAP
 
-    from fedjax_mtl import algorithms, topology
+    from fedjax_mtl import algorithms, task_graphs, topology
 
     around = {"model": MODEL, "task": TASK, "num_clients": NUM_CLIENTS, "execution": VMAP}
     training = {**around, "plan": PLAN, "optimizer": optax.sgd(0.1)}
@@ -241,6 +241,9 @@ def mapped_factories():
     return {
         "apfl": lambda x: algorithms.apfl(**training, alpha=x),
         "l2sgd": lambda x: algorithms.l2sgd(**around, learning_rate=0.1, penalty=0.1, probability=x),
+        "fedu": lambda x: algorithms.fedu(
+            **training, graph=task_graphs.fixed(task_graphs.complete(NUM_CLIENTS)), strength=x / NUM_CLIENTS
+        ),
         "agnostic": lambda x: algorithms.agnostic(**around, mixture=mixture, optimizer=optax.sgd(x)),
         "decentralized_fedem": lambda x: algorithms.decentralized_fedem(
             **gossip, optimizer=optax.sgd(x), mixing_matrix=ring, num_components=2
@@ -248,7 +251,7 @@ def mapped_factories():
     }
 
 
-@pytest.mark.parametrize("name", ["agnostic", "apfl", "decentralized_fedem", "l2sgd"])
+@pytest.mark.parametrize("name", ["agnostic", "apfl", "decentralized_fedem", "fedu", "l2sgd"])
 def test_mapped_hyperparameters_pass_the_checks(name):
     run = simulate(
         mapped_factories()[name],

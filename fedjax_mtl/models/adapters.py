@@ -1,0 +1,36 @@
+"""What all parameter-efficient models share: trained ``adapters`` beside a frozen ``base``, at the top of their parameters."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from fedjax_mtl import trees
+
+PyTree = Any
+
+trained = trees.under("adapters")
+"""Selects what clients train and send."""
+
+base = trees.under("base")
+"""Selects the frozen weights, which the server and all clients hold once: train with ``frozen=adapters.base``."""
+
+
+def load_base(params: PyTree, weights: PyTree) -> PyTree:
+    """Parameters whose frozen weights are ``weights``, e.g. of a checkpoint; leading axes such as seeds are repeated.
+
+    Raises:
+        ValueError: weights of another structure or shape, naming the first leaf that differs.
+    """
+    old, new = trees.leaves_by_path(params["base"]), trees.leaves_by_path(weights)
+    odd = sorted(set(old) ^ set(new))
+    if odd:
+        where = "missing from" if odd[0] in old else "not in the model but in"
+        raise ValueError(f"{'/'.join(odd[0])} is {where} the weights; they are of another model")
+    for path, leaf in old.items():
+        lead = leaf.ndim - new[path].ndim
+        if lead < 0 or leaf.shape[lead:] != new[path].shape:
+            raise ValueError(
+                f"{'/'.join(path)} has shape {new[path].shape} in the weights but {leaf.shape} in the model; check its configuration"
+            )
+    filled = {path: jnp.broadcast_to(new[path], leaf.shape).astype(leaf.dtype) for path, leaf in old.items()}
+    return {**params, "base": trees.from_paths(filled)}
