@@ -54,13 +54,19 @@ def experiment(
         }
     )
     # mode: auto, vmap, map, chunk (with chunk clients at a time) or loop; chunk 0 is none.
-    config.execution = ConfigDict({"mode": "auto", "chunk": 0, "num_devices": 1})
+    # precision: single, or double for optimisation to small gaps.
+    config.execution = ConfigDict({"mode": "auto", "chunk": 0, "num_devices": 1, "precision": "single"})
+    # Failures and stragglers: a client drops out of a round with drop_probability; it makes at most a share, uniform in low..high, of one pass of
+    # single examples (low = high = 1: no limit), of its own or of the smallest client's.
+    config.systems = ConfigDict({"drop_probability": 0.0, "low": 1.0, "high": 1.0, "of_smallest": False})
     config.cohort_size = 0  # 0: everybody
     config.num_rounds = num_rounds
     config.eval_every = eval_every
     config.checkpoint_every = eval_every
     config.evaluation_batch_size = 256
     config.seeds = (0, 1, 2)
+    for name in ("execution", "systems"):
+        config[name].update(fields.pop(name, {}))
     config.update(fields)
     return config
 
@@ -183,6 +189,113 @@ def population_algorithms(name: str, *, learning_rate: float, shared: str = "all
             "schedule": "step",
             "embedding_sync": "fedavg",
             "weighting": "uniform",
+        },
+    }
+
+
+def dual_algorithms(
+    name: str, *, penalty: float, relation: str, every: int = 0, **rule: Any
+) -> dict[str, Any]:
+    """MOCHA and what it is compared with, on one problem; ``rule`` are settings of the relation."""
+    shared = {"penalty": penalty, "relation": relation, "coupling": 1.0, "ridge": 0.0, **rule}
+    learning = {**shared, "relationship_every": every}
+    return {
+        "name": name,
+        "mocha": {
+            **learning,
+            "passes": 1.0,
+            "num_clusters": 2,
+            "sparsity": 0.1,
+            "sigma_prime": "row_sum",
+            "aggregation": 1.0,
+            "fidelity": "paper",
+        },
+        "cocoa": {**learning, "inexactness": 0.5, "max_passes": 50},
+        "minibatch_sdca": {**shared, "passes": 1.0, "scaling": 10.0},
+        "minibatch_sgd": {**shared, "passes": 1.0, "scaling": 0.1},
+        "local_models": {"penalty": penalty, "passes": 1.0},
+        "global_model": {"penalty": penalty, "passes": 1.0},
+    }
+
+
+def preparation(loss: str, *, seed: int, **changes: Any) -> dict[str, Any]:
+    """How a table of linear tasks is split and prepared."""
+    return {
+        "loss": loss,
+        "train_share": 0.75,
+        "skewed": False,
+        "standardise": "no",  # pooled or per_task
+        "intercept": 0.0,  # the value of an appended column; 0: none
+        "fourier_features": 0,  # random features of a Gaussian kernel; 0: the inputs as they are
+        "bandwidth": 1.0,
+        "one_class": "refuse",  # what to do with a task of one class: refuse or keep
+        "seed": seed,
+        **changes,
+    }
+
+
+def adapter_algorithms(
+    name: str, *, learning_rate: float, prompt_learning_rate: float, strength: float, graph: str, **lora: Any
+) -> dict[str, Any]:
+    """MIRA and what it is compared with; ``lora`` are the adapters' targets, rank, alpha, dropout and deviation."""
+    tuning = {"learning_rate": learning_rate, "dropout": 0.0, "deviation": 0.0, **lora}
+    return {
+        "name": name,
+        "mira": {
+            **tuning,
+            "graph": graph,  # group, random, complete, learned or updates
+            "graph_seed": 0,
+            "smoothness": 0.5,
+            "strength": strength,  # eta x lambda
+            "neighbours": "sampled",  # or all
+        },
+        "fedit": tuning,
+        "local_adapters": tuning,
+        "fedptuning": {"learning_rate": prompt_learning_rate, "num_tokens": 20, "hidden": 128},
+    }
+
+
+def relational_algorithms(learning_rate: float) -> dict[str, Any]:
+    """Systems in which every client keeps a model of its own and the server relates them."""
+    return {
+        "ditto": {"learning_rate": learning_rate, "penalty": 0.5},
+        "fedamp": {
+            "learning_rate": learning_rate,
+            "penalty": 0.1,
+            "scale": 0.1,
+            "bandwidth": "median",
+            "clip": False,
+            "fidelity": "paper",
+        },
+        "fedhca2": {
+            "learning_rate": learning_rate,
+            "alpha": 0.4,
+            "initial": 0.1,
+            "hyper_learning_rate": 0.01,
+        },
+        "fedmtl": {"learning_rate": learning_rate, "penalty": 0.0, "regulariser": "sum", "fidelity": "paper"},
+        "fedu": {
+            "learning_rate": learning_rate,
+            "graph": "learned",
+            "graph_seed": 0,
+            "smoothness": 0.5,
+            "strength": 0.3,
+            "neighbours": "all",
+        },
+        "matfl": {
+            "learning_rate": learning_rate,
+            "num_clusters": 3,
+            "soft": False,
+            "threshold": 0.0,
+            "whole_model": True,
+        },
+        "sheaf_fmtl": {
+            "learning_rate": learning_rate,
+            "graph": "random",
+            "graph_seed": 0,
+            "strength": 0.01,
+            "map_step": 0.001,
+            "compression": 0.02,
         },
     }
 

@@ -3,19 +3,50 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from fedjax_mtl import Splits, Task, data, make_federation, tasks
+from experiments.settings import call
+from fedjax_mtl import Federation, Splits, Task, data, make_federation, tasks
+from fedjax_mtl.algorithms.mocha import check_tasks
+from fedjax_mtl.data import features, instruction_families, instructions, markov_chains, task_tables
+from fedjax_mtl.data.instructions import Tokenizer
 from fedjax_mtl.federation import check_labels
 
 
+class Generation(NamedTuple):
+    """Prompts to answer when a run is over.
+
+    Attributes:
+        federation: each client's test prompts; examples are ``prompts`` int32 ``[n, capacity]`` and ``lengths`` int32 ``[n]``.
+        references: the right answers, by row. tokenizer: turns tokens into text. max_new_tokens: of an answer.
+    """
+
+    federation: Federation
+    references: list[str]
+    tokenizer: Tokenizer
+    max_new_tokens: int
+
+
 class Problem(NamedTuple):
-    """What a run learns: the clients' data, the task, and the shapes a model must have."""
+    """What a run learns: the clients' data, the task, and the shapes a model must have.
+
+    Attributes:
+        splits, task, input_shape, num_outputs: always.
+        groups: ``[clients]``, which clients are alike, where the data know.
+        dual_loss: of problems for methods in the dual.
+        pretraining: examples that a base model is trained on before adapters are.
+        generation: prompts to answer, of instruction data.
+    """
 
     splits: Splits
     task: Task
     input_shape: tuple[int, ...]
     num_outputs: int
+    groups: np.ndarray | None = None
+    dual_loss: tasks.dual.DualLoss | None = None
+    pretraining: dict[str, np.ndarray] | None = None
+    generation: Generation | None = None
 
 
 class PopulationProblem(NamedTuple):
@@ -326,7 +357,218 @@ def scenes(
     return PopulationProblem(data.PopulationSplits(train, test), group_tasks, shape, outputs)
 
 
+_DUAL_LOSSES = {
+    "hinge": tasks.dual.hinge,
+    "smoothed_hinge": tasks.dual.smoothed_hinge,
+    "squared": tasks.dual.squared,
+    "logistic": tasks.dual.logistic,
+}
+
+
+def _linear_problem(
+    table: task_tables.TaskTable,
+    *,
+    loss: str,
+    train_share: float,
+    skewed: bool,
+    standardise: str,
+    intercept: float,
+    fourier_features: int,
+    bandwidth: float,
+    one_class: str,
+    seed: int,
+) -> Problem:
+    """Tasks of linear models in the dual: split, then standardised (``pooled``, ``per_task`` or ``no``), then mapped."""
+    if loss not in _DUAL_LOSSES:
+        raise ValueError(f"unknown config.data.loss {loss!r}; expected one of {', '.join(_DUAL_LOSSES)}")
+    if standardise not in ("no", "pooled", "per_task"):
+        raise ValueError(f"unknown config.data.standardise {standardise!r}; expected no, pooled or per_task")
+    if one_class not in ("refuse", "keep"):
+        raise ValueError(f"unknown config.data.one_class {one_class!r}; expected refuse or keep")
+    chosen = _DUAL_LOSSES[loss]()
+    if chosen.labels == "real":
+        table = table._replace(labels=table.labels - table.labels.mean())
+    splits = task_tables.split_tasks(table, train_share=train_share, seed=seed, skewed=skewed)
+    if one_class == "refuse":
+        check_tasks(splits.train, chosen)
+    if standardise != "no":
+        splits = features.standardise(splits, per_client=standardise == "per_task")
+    if fourier_features:
+        key = jax.random.key(seed)
+        splits = features.random_fourier(splits, num_features=fourier_features, bandwidth=bandwidth, key=key)
+    if intercept:
+        splits = features.append_intercept(splits, intercept)
+    width = splits.train.examples["inputs"].shape[1]
+    return Problem(splits, tasks.dual.dual_task(chosen), (width,), 1, dual_loss=chosen)
+
+
+def _prepared(table: task_tables.TaskTable, preparation: dict[str, Any]) -> Problem:
+    return call(_linear_problem, {"table": table, **preparation}, "config.data.preparation")
+
+
+def task_table(*, path: str, preparation: dict[str, Any]) -> Problem:
+    """School, Landmine or other multi-task data, from a file the user names."""
+    if not path:
+        raise ValueError(
+            "config.data.path is empty; name the file, e.g. --config.data.path=school.mat (.npz with X, y, task_sizes works too)"
+        )
+    return _prepared(task_tables.load_task_table(path), preparation)
+
+
+def human_activity(*, directory: str, positive: int, preparation: dict[str, Any]) -> Problem:
+    """The UCI smartphone recordings, from the folder the user names."""
+    return _prepared(task_tables.load_human_activity(directory, positive), preparation)
+
+
+def related_tasks(
+    *,
+    num_tasks: int,
+    features: int,
+    num_clusters: int,
+    spread: float,
+    smallest: int,
+    largest: int,
+    noise: float,
+    seed: int,
+    preparation: dict[str, Any],
+) -> Problem:
+    """Synthetic linear tasks in clusters."""
+    table = task_tables.related_tasks(
+        num_tasks=num_tasks,
+        features=features,
+        num_clusters=num_clusters,
+        spread=spread,
+        smallest=smallest,
+        largest=largest,
+        noise=noise,
+        regression=preparation.get("loss") == "squared",
+        seed=seed,
+    )
+    problem = _prepared(table, preparation)
+    return problem._replace(groups=np.arange(num_tasks) % num_clusters)
+
+
+def chains(
+    *, num_clients: int, num_groups: int, train_sequences: int, test_sequences: int, follow: float, seed: int
+) -> Problem:
+    """Clients with noisy permutation chains for languages, and sequences of other chains for the base model."""
+    made = markov_chains.markov_chains(
+        seed,
+        num_clients=num_clients,
+        num_groups=num_groups,
+        train_sequences=train_sequences,
+        test_sequences=test_sequences,
+        follow=follow,
+    )
+    inputs = made.splits.train.examples["inputs"]
+    return Problem(
+        made.splits,
+        tasks.language_modelling(),
+        inputs.shape[1:],
+        12,
+        groups=made.groups,
+        pretraining=markov_chains.pretraining_sequences(seed),
+    )
+
+
+def _instruction_problem(
+    items: list[instructions.Instruction],
+    clients: instructions.ClientRows,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    template: str,
+) -> Problem:
+    """Instructions as examples with masked prompts, and the test prompts to answer."""
+    examples = instructions.encode(items, tokenizer, max_length, template)
+    prompts, lengths = instructions.encode_prompts(items, tokenizer, max_length, template)
+    asked = make_federation({"prompts": prompts, "lengths": lengths}, clients.test)
+    references = [item.response for item in items]
+    return Problem(
+        instructions.federate(examples, clients),
+        tasks.language_modelling(),
+        (max_length,),
+        tokenizer.vocabulary,
+        groups=np.unique(clients.categories, return_inverse=True)[1],
+        generation=Generation(asked, references, tokenizer, max_new_tokens),
+    )
+
+
+def families(
+    *,
+    clients_per_family: int,
+    train_examples: int,
+    test_examples: int,
+    max_length: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Problem:
+    """Eight families of tiny instructions in bytes; the base model is pre-trained on other draws of them with shuffled answers."""
+    made = instruction_families.instruction_families(
+        seed,
+        clients_per_family=clients_per_family,
+        train_examples=train_examples,
+        test_examples=test_examples,
+    )
+    tokenizer = instructions.ByteTokenizer()
+    problem = _instruction_problem(
+        made.instructions,
+        made.clients,
+        tokenizer,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        template="short",
+    )
+    # What questions and answers look like, not which belong together.
+    rng = np.random.default_rng([seed, 1])
+    asked = instruction_families.instruction_families(int(rng.integers(2**31))).instructions
+    shuffled = [
+        item._replace(response=asked[other].response)
+        for item, other in zip(asked, rng.permutation(len(asked)), strict=True)
+    ]
+    pretraining = instructions.encode(shuffled, tokenizer, max_length, "short")
+    return problem._replace(pretraining=pretraining)
+
+
+def instruction_files(
+    *,
+    source: str,
+    path: str,
+    tokenizer: str,
+    clients_per_category: int,
+    max_length: int,
+    max_new_tokens: int,
+    longest_prompt: int,
+    seed: int,
+) -> Problem:
+    """Dolly (a JSONL file) or Natural Instructions (a folder of tasks), in the tokens of a checkpoint's ``tokenizer.json``."""
+    if not path or not tokenizer:
+        raise ValueError(
+            "config.data.path and config.data.tokenizer name the data and the folder of tokenizer.json, e.g. "
+            "--config.data.path=databricks-dolly-15k.jsonl --config.data.tokenizer=gpt2"
+        )
+    if source == "dolly":
+        items = instructions.load_dolly(path)
+    elif source == "natural_instructions":
+        items = instructions.load_natural_instructions(path, seed=seed)
+    else:
+        raise ValueError(f"unknown config.data.source {source!r}; expected dolly or natural_instructions")
+    encoder = instructions.load_tokenizer(tokenizer)
+    items = instructions.keep_fitting(items, encoder, min(longest_prompt, max_length))
+    clients = instructions.deal_categories(items, clients_per_category, seed)
+    return _instruction_problem(
+        items, clients, encoder, max_length=max_length, max_new_tokens=max_new_tokens, template="alpaca"
+    )
+
+
 DATASETS: dict[str, Callable[..., Any]] = {
+    "chains": chains,
+    "families": families,
+    "human_activity": human_activity,
+    "instruction_files": instruction_files,
+    "related_tasks": related_tasks,
+    "task_table": task_table,
     "conflicting_tasks": conflicting_tasks,
     "scaled_tasks": scaled_tasks,
     "scenes": scenes,

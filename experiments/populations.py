@@ -10,6 +10,8 @@ import optax
 
 from experiments import build
 from experiments.datasets import PopulationProblem
+from experiments.parts import make_optimizer, make_schedule
+from experiments.settings import call, choose
 from fedjax_mtl import (
     Algorithm,
     Execution,
@@ -82,7 +84,7 @@ def _cut(
         "vit": lambda: models.vit_trunk(depth, heads),
         "conv": lambda: models.conv_trunk([width * 2**i for i in range(depth)]),
     }
-    lower, body = models.patch_embedding(patch, width), build.choose(trunks, trunk, "config.model.trunk")()
+    lower, body = models.patch_embedding(patch, width), choose(trunks, trunk, "config.model.trunk")()
     uppers = {}
     for name, own in problem.outputs.items():
         if len(own) != 1:
@@ -165,13 +167,13 @@ class Parts(NamedTuple):
 
 def _personal(parts: Parts, shared: str) -> trees.PathPredicate:
     table = {"all": trees.nothing, "encoder": parts.group_models.decoder}
-    return build.choose(table, shared, "config.algorithm shared")
+    return choose(table, shared, "config.algorithm shared")
 
 
 def _chain(keep: float, rescale: str, denominator: str, scope: str, optimizer: str, server_step: float):
     """A server: FedDEA unless ``keep`` is 1 and nothing is rescaled, the average, then SGD or Adam."""
     steps = {"sgd": optax.sgd, "adam": optax.adam}
-    step = build.choose(steps, optimizer, "config.algorithm server_optimizer")(server_step)
+    step = choose(steps, optimizer, "config.algorithm server_optimizer")(server_step)
     if keep == 1.0 and rescale in ("l1", "l2", "density", "none"):
         return server.step_from(step)
     decouple = server.decouple_updates(keep, rescale=rescale, denominator=denominator, scope=scope)
@@ -248,7 +250,7 @@ def _fedbone(
         for name, upper in cut.uppers.items()
     }
     steps = {"sgd": optax.sgd, "adam": optax.adam}
-    optimizer = build.choose(steps, trunk_optimizer, "config.algorithm.fedbone.trunk_optimizer")(
+    optimizer = choose(steps, trunk_optimizer, "config.algorithm.fedbone.trunk_optimizer")(
         trunk_learning_rate
     )
     return algorithms.fedbone(
@@ -286,12 +288,12 @@ def make_algorithm(
 ) -> tuple[Algorithm, Execution]:
     """The algorithm ``config.algorithm.name`` around the groups' models, and how it maps (and judges) clients."""
     settings = dict(config.model)
-    factory = build.choose(MODELS, settings.pop("name"), "config.model.name")
-    group_models = build.call(factory, {"problem": problem, **settings}, "config.model")
+    factory = choose(MODELS, settings.pop("name"), "config.model.name")
+    group_models = call(factory, {"problem": problem, **settings}, "config.model")
     client = dict(config.client)
     plan = build.make_plan(**{name: client.pop(name) for name in ("batch_size", "epochs", "steps")})
     schedule_name = client.pop("schedule")
-    schedule = build.make_schedule(schedule_name, config.num_rounds)
+    schedule = make_schedule(schedule_name, config.num_rounds)
     if client.pop("keep_optimizer"):
         raise ValueError(
             "config.client.keep_optimizer is not offered for heterogeneous populations; leave it False"
@@ -307,12 +309,12 @@ def make_algorithm(
         plan,
         schedule,
         schedule_name == "constant",
-        lambda rate: build.make_optimizer(learning_rate=rate, **client),
+        lambda rate: make_optimizer(learning_rate=rate, **client),
     )
     name = config.algorithm.name
-    factory = build.choose(ALGORITHMS, name, "config.algorithm.name")
+    factory = choose(ALGORITHMS, name, "config.algorithm.name")
     settings = dict(config.algorithm[name]) if name in config.algorithm else {}
-    algorithm = build.call(factory, {"parts": parts, **settings}, f"config.algorithm.{name}")
+    algorithm = call(factory, {"parts": parts, **settings}, f"config.algorithm.{name}")
     largest = max(
         (jax.eval_shape(m.init, jax.random.key(0)) for m in group_models.models.values()),
         key=lambda params: sum(leaf.size for leaf in jax.tree.leaves(params)),

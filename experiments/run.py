@@ -7,6 +7,7 @@ Started again on the same directory it goes on where it was, and ends with the s
 
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +16,18 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import build, plots, telemetry, workdir
+from experiments import answers, build, plots, telemetry, workdir
 from experiments.checkpoints import Checkpoints
 from experiments.datasets import PopulationProblem
 from experiments.progress import Progress
+from experiments.settings import choose
 from fedjax_mtl import (
     Algorithm,
     Execution,
     Splits,
     evaluate_clients,
     evaluate_population,
+    models,
     sampling,
     simulate_blocks,
     summarise_clients,
@@ -35,7 +38,7 @@ from fedjax_mtl.simulate import num_clients
 PyTree = Any
 
 # What the progress bar and the final line show.
-_SHOWN = ("accuracy", "accuracy_bottom_decile", "normalised_error", "loss")
+_SHOWN = ("error", "rmse", "accuracy", "accuracy_bottom_decile", "normalised_error", "loss")
 
 
 def make_evaluation(problem: build.Problem, execution: Execution, batch_size: int):
@@ -117,6 +120,20 @@ def rows_of(
     return rows
 
 
+def answer_rows(
+    round_index: int, problem: build.Problem, scores: dict[int, np.ndarray]
+) -> list[dict[str, Any]]:
+    """ROUGE-L of the clients' answers as rows, by seed: over clients, and client by client."""
+    sizes = np.asarray(problem.generation.federation.sizes)
+    rows = []
+    for seed, values in scores.items():
+        head = {"round": round_index, "seed": seed, "split": "train_clients", "task": "answers"}
+        summary = summarise_clients({"rouge_l": values}, sizes)
+        rows.append({**head, **{name: float(value) for name, value in summary.items()}})
+        rows += [{**head, "client": c, "rouge_l": float(value)} for c, value in enumerate(values)]
+    return rows
+
+
 def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
     """Per split and metric (``<group>/<metric>`` where there are groups): the final value of every seed, final and best mean and std over seeds.
 
@@ -151,12 +168,13 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
 
 
 class Prepared(NamedTuple):
-    """A run that has been checked: its data, algorithm, execution and sampler."""
+    """A run that has been checked: its data, algorithm, execution, sampler, and what puts a base model's weights into its first state (or None)."""
 
     problem: build.Problem | PopulationProblem
     algorithm: Algorithm
     execution: Execution
     sampler: sampling.Sampler | sampling.PopulationSampler
+    initial: Callable[[PyTree], PyTree] | None
 
 
 def prepare(config: ml_collections.ConfigDict) -> Prepared:
@@ -176,17 +194,34 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
         return algorithm.round(algorithm.init(key), sampler(key, 0, train), key)
 
     jax.eval_shape(first_round, jax.random.key(0))
-    return Prepared(problem, algorithm, execution, sampler)
+    base = build.make_base(config, problem)
+    initial = None
+    if base is not None:
+
+        def initial(state):
+            return state._replace(params=models.adapters.load_base(state.params, base))
+
+        jax.eval_shape(initial, initial_shapes(algorithm, 1))
+    return Prepared(problem, algorithm, execution, sampler, initial)
+
+
+PRECISIONS = {"single": False, "double": True}
 
 
 def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
-    """Runs a config to its end in a directory, and returns its summary.
+    """Runs a config to its end in a directory, in the precision it asks for, and returns its summary.
 
     Raises:
         ValueError: bad fields, or a directory of another config. FloatingPointError: training diverged. RuntimeError: a damaged checkpoint.
     """
-    config = ml_collections.FrozenConfigDict(config)
-    problem, algorithm, execution, sampler = prepare(config)
+    build.check_fields(config)
+    double = choose(PRECISIONS, config.execution.precision, "config.execution.precision")
+    with jax.enable_x64(double):
+        return _run(ml_collections.FrozenConfigDict(config), directory)
+
+
+def _run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> dict[str, Any]:
+    problem, algorithm, execution, sampler, initial = prepare(config)
     seeds = tuple(config.seeds)
     workdir.claim(directory, config)
 
@@ -217,6 +252,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
         evaluate=make_evaluation(problem, execution, config.evaluation_batch_size),
         evaluation_data=problem.splits,
         eval_every=config.eval_every,
+        initial=initial,
         state=state,
         start_round=done or 0,
     )
@@ -227,6 +263,9 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
         for block in blocks:
             last = block.round == config.num_rounds
             rows = rows_of(block, seeds, about, per_client=last)
+            if last and getattr(problem, "generation", None) is not None:
+                scores = answers.score(config, problem, block.state, seeds, directory)
+                rows += answer_rows(block.round, problem, scores)
             workdir.check_finite(rows)
             metrics.write(rows)
             events.write(rows)

@@ -8,7 +8,7 @@ import pytest
 from data.test_shakespeare import TEXT
 
 from configs import common
-from experiments import build, run
+from experiments import run, settings
 from fedjax_mtl.data import tfds_sets
 
 CONFIGS = sorted(
@@ -230,10 +230,10 @@ def test_unknown_and_missing_fields_are_named():
         return alpha + beta
 
     with pytest.raises(ValueError, match="unknown field config.data.gamma; known fields: alpha, beta"):
-        build.call(factory, {"alpha": 1, "gamma": 2}, "config.data")
+        settings.call(factory, {"alpha": 1, "gamma": 2}, "config.data")
     with pytest.raises(ValueError, match="missing field config.data.alpha"):
-        build.call(factory, {}, "config.data")
-    assert build.call(factory, {"alpha": 1}, "config.data") == 2
+        settings.call(factory, {}, "config.data")
+    assert settings.call(factory, {"alpha": 1}, "config.data") == 2
 
 
 def test_variants():

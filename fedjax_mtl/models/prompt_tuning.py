@@ -31,21 +31,20 @@ class PromptEncoder(nn.Module):
         return nn.Dense(self.width)(x)
 
 
-def prompt_tuning(
-    model: LanguageModel, *, width: int, num_tokens: int = 20, hidden: int = 128
-) -> LanguageModel:
+def prompt_tuning(model: LanguageModel, *, num_tokens: int = 20, hidden: int = 128) -> LanguageModel:
     """The language model behind ``num_tokens`` learned virtual tokens.
 
     Parameters become ``{"adapters": the prompt encoder's, "base": the model's}``; train with ``frozen=adapters.base``. MIRA's baseline (arXiv 2410.15524) has 20 tokens and
     128 hidden units: 371,200 parameters for GPT-2 large. A sequence may be ``num_tokens`` shorter than the model's longest.
 
-    Args:
-        width: of the model's embeddings.
+    Raises:
+        ValueError: no token or no hidden unit.
     """
     if num_tokens < 1 or hidden < 1:
         raise ValueError(
             f"prompt_tuning takes at least 1 token and 1 hidden unit, got {num_tokens} and {hidden}"
         )
+    width = jax.eval_shape(model.init, jax.random.key(0))["token_embedding"]["embedding"].shape[1]
     encoder = PromptEncoder(num_tokens, width, hidden)
 
     def init(key):

@@ -1,6 +1,6 @@
 """Tasks: per-example losses and metrics of (outputs, labels)."""
 
-from fedjax_mtl.tasks import dense, rouge
+from fedjax_mtl.tasks import dense, dual, rouge
 from fedjax_mtl.tasks.base import PooledMetric, Task, example_losses, lower_is_better
 from fedjax_mtl.tasks.classification import (
     binary_classification,
@@ -19,6 +19,7 @@ __all__ = [
     "binary_classification",
     "classification",
     "dense",
+    "dual",
     "example_losses",
     "joint",
     "language_modelling",

@@ -1,0 +1,87 @@
+"""Features for linear models: standardisation, an intercept, random Fourier features, a shared encoder.
+
+Each maps Splits to Splits over a new table of inputs. Nothing but training examples decides what it does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_mtl.federation import Federation, Splits
+
+
+def _with_inputs(splits: Splits, inputs: Any) -> Splits:
+    def change(federation: Federation | None) -> Federation | None:
+        if federation is None:
+            return None
+        return federation._replace(examples={**federation.examples, "inputs": jnp.asarray(inputs)})
+
+    return Splits(*map(change, splits))
+
+
+def _own_rows(federation: Federation | None) -> list[np.ndarray]:
+    if federation is None:
+        return []
+    indices, sizes = np.asarray(federation.indices), np.asarray(federation.sizes)
+    return [own[:size] for own, size in zip(indices, sizes, strict=True)]
+
+
+def standardise(splits: Splits, *, per_client: bool = False) -> Splits:
+    """Columns to mean 0 and population standard deviation 1 of the training examples; constant columns stay as they are.
+
+    Args:
+        per_client: by each client's own training statistics (held-out clients by theirs) instead of the pooled ones.
+    """
+    inputs = np.array(splits.train.examples["inputs"])
+
+    def scaled(rows, statistics):
+        mean, std = statistics.mean(axis=0), statistics.std(axis=0)
+        constant = std < 1e-12 * np.maximum(np.abs(mean), 1)
+        return (inputs[rows] - np.where(constant, 0, mean)) / np.where(constant, 1, std)
+
+    result = inputs.copy()
+    pairs = [(splits.train, splits.test), (splits.unseen_train, splits.unseen_test)]
+    pooled = inputs[np.concatenate(_own_rows(splits.train))]
+    for train, test in pairs:
+        for own, held in zip(_own_rows(train), _own_rows(test), strict=True):
+            rows = np.concatenate([own, held])
+            result[rows] = scaled(rows, inputs[own] if per_client else pooled)
+    return _with_inputs(splits, result)
+
+
+def append_intercept(splits: Splits, value: float = 1.0) -> Splits:
+    """A last column of ``value``; a large one (MOCHA's second code: 10) leaves the intercept nearly unpenalised."""
+    inputs = np.asarray(splits.train.examples["inputs"])
+    return _with_inputs(
+        splits, np.concatenate([inputs, np.full((len(inputs), 1), value, inputs.dtype)], axis=1)
+    )
+
+
+def random_fourier(splits: Splits, *, num_features: int, bandwidth: float, key: jax.Array) -> Splits:
+    """Features of a Gaussian kernel, ``sqrt(2 / D) cos(x W / bandwidth + b)`` (Rahimi and Recht, NeurIPS 2007), the same for all clients.
+
+    A convex method for linear models, MOCHA, then learns non-linear ones, without any client showing its examples.
+
+    Raises:
+        ValueError: no features, or a bandwidth that is not positive.
+    """
+    if num_features < 1 or bandwidth <= 0:
+        raise ValueError(
+            f"random_fourier takes num_features >= 1 and bandwidth > 0, got {num_features} and {bandwidth}"
+        )
+    inputs = splits.train.examples["inputs"]
+    weight_key, shift_key = jax.random.split(key)
+    weights = jax.random.normal(weight_key, (inputs.shape[1], num_features), inputs.dtype) / bandwidth
+    shift = jax.random.uniform(shift_key, (num_features,), inputs.dtype, 0, 2 * jnp.pi)
+    return _with_inputs(splits, jnp.sqrt(2 / num_features) * jnp.cos(inputs @ weights + shift))
+
+
+def encode(splits: Splits, encoder: Callable[[jax.Array], jax.Array], batch_size: int = 1024) -> Splits:
+    """The outputs of a frozen shared encoder, ``inputs [batch, ...] -> [batch, features]``, instead of the inputs."""
+    inputs = splits.train.examples["inputs"]
+    run = jax.jit(encoder)
+    parts = [run(inputs[start : start + batch_size]) for start in range(0, len(inputs), batch_size)]
+    return _with_inputs(splits, jnp.concatenate(parts))
