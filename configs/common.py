@@ -291,11 +291,13 @@ def relational_algorithms(learning_rate: float) -> dict[str, Any]:
         },
         "sheaf_fmtl": {
             "learning_rate": learning_rate,
-            "graph": "random",
+            # The maps hold 2 x edges x compression x parameters^2 numbers.
+            "graph": "erdos_renyi",
+            "edge_probability": 0.1,
             "graph_seed": 0,
             "strength": 0.01,
             "map_step": 0.001,
-            "compression": 0.02,
+            "compression": 0.005,
         },
     }
 

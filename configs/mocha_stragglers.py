@@ -32,6 +32,6 @@ def get_config(variant: str | None = None):
         execution={"mode": "vmap", "precision": "double"},
         systems={"low": 0.1, "high": 1.0},
         num_rounds=20 if options.quick else 500,
-        eval_every=10 if options.quick else 50,
+        eval_every=5,
         seeds=(0,),
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 PyTree = Any
 
@@ -79,3 +80,40 @@ def sparse_upload_bytes(
         raise ValueError(f"unknown positions {positions!r}; expected 'bits' or 'indices'")
     where = -(-parameters // 8) if positions == "bits" else 4 * kept
     return kept * bytes_per_value + where
+
+
+NETWORKS = {"wifi": 10.0, "lte": 100.0, "3g": 1000.0}
+"""What the communication of a round costs in MOCHA's released code, in its arbitrary units: about one flop of a coordinate step without its number of features."""
+
+_FLOPS_A_STEP = {"mocha": 8, "cocoa": 8, "minibatch_sdca": 6, "minibatch_sgd": 4}
+
+
+def estimated_round_time(method: str, *, steps: Any, slowest: Any, num_tasks: int, network: str) -> Any:
+    """The time of a round as MOCHA's released code estimates it (arXiv 1705.10467, section 5), in its arbitrary units.
+
+    ``flops * steps + communication`` where nodes make what they can in the time there is (MOCHA, and the mini-batch methods' fixed batches), and ``flops * tasks * slowest + communication`` for CoCoA, where all wait for the slowest. The
+    number of features does not enter. Under stragglers the code charges the largest possible budget; give that as ``steps``.
+
+    Args:
+        method: ``mocha``, ``cocoa``, ``minibatch_sdca`` or ``minibatch_sgd``. steps: coordinate steps (gradients) of all nodes; slowest: of the one that made most. Numbers or arrays.
+        network: ``wifi``, ``lte`` or ``3g``.
+    """
+    if method not in _FLOPS_A_STEP or network not in NETWORKS:
+        raise ValueError(
+            f"no estimate for {method!r} over {network!r}; expected one of {', '.join(_FLOPS_A_STEP)} over {', '.join(NETWORKS)}"
+        )
+    work = num_tasks * slowest if method == "cocoa" else steps
+    return _FLOPS_A_STEP[method] * work + NETWORKS[network]
+
+
+def synchronous_round_time(
+    steps: Any, rates: Any, *, features: int, present: Any = True, seconds_per_message: float = 0.0
+) -> Any:
+    """Seconds of a synchronous round: the slowest of the nodes present, and one message of ``features`` numbers up and down.
+
+    Args:
+        steps: coordinate steps ``[..., nodes]`` of 8 flops a feature. rates: flops per second ``[nodes]`` or ``[..., nodes]``. present: bool, the same.
+        seconds_per_message: of both messages of a round.
+    """
+    seconds = 8.0 * features * np.asarray(steps) / np.asarray(rates)
+    return np.max(np.where(present, seconds, 0.0), axis=-1) + seconds_per_message

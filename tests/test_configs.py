@@ -1,15 +1,20 @@
 """Every config builds and runs in its quick variant, and says clearly what is wrong with it when something is."""
 
 import importlib
+import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from data.test_shakespeare import TEXT
 
 from configs import common
-from experiments import run, settings
+from experiments import round_times, run, settings
 from fedjax_mtl.data import tfds_sets
+from fedjax_mtl.data.task_tables import related_tasks
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 CONFIGS = sorted(
     path.stem
@@ -49,17 +54,55 @@ def prepared(monkeypatch, tmp_path):
     return text
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_quick_variants_run(name, prepared, tmp_path):
-    config = get(name)
-    config.seeds = (0,)
-    config.num_rounds, config.eval_every, config.checkpoint_every = 1, 1, 1
+def write_task_table(path, regression):
+    table = related_tasks(num_tasks=5, features=4, smallest=12, largest=20, regression=regression)
+    sizes = [len(rows) for rows in table.rows]
+    np.savez(path, X=table.inputs, y=table.labels, task_sizes=sizes)
+    return str(path)
+
+
+def write_instructions(directory):
+    """A few questions of two categories, and a tokenizer of their words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    lines = [
+        {"instruction": f"say {word}", "context": "", "response": word, "category": category}
+        for category, words in (("short", "a b c d e f"), ("long", "one two three four five six"))
+        for word in words.split()
+    ]
+    path = directory / "dolly.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "say", *"abcdef", "one", "two", "three"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return str(path)
+
+
+def small_files(config, prepared, tmp_path):
+    """Points a config at the files that a user would name."""
     if config.data.name == "shakespeare":
         config.data.path = str(prepared)
         config.data.stride = 1
         config.data.unseen_fraction = 0.0
     if config.data.name == "scenes":
         config.data.data_dir = str(tmp_path / "tfds")
+    if config.data.name == "task_table":
+        regression = config.data.preparation.loss == "squared"
+        config.data.path = write_task_table(tmp_path / "table.npz", regression)
+    if config.data.name == "instruction_files":
+        config.data.path, config.data.tokenizer = write_instructions(tmp_path), str(tmp_path)
+        config.model.directory = str(GOLDEN / "tiny_gpt2")
+        config.data.update(max_length=26, longest_prompt=26, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quick_variants_run(name, prepared, tmp_path):
+    config = get(name)
+    config.seeds = (0,)
+    config.num_rounds, config.eval_every, config.checkpoint_every = 1, 1, 1
+    small_files(config, prepared, tmp_path)
     summary = run.run(config, tmp_path / name)
     final = summary["metrics"]["train_clients"]
     assert all(np.isfinite(entry["final_mean"]) for entry in final.values())
@@ -67,7 +110,12 @@ def test_quick_variants_run(name, prepared, tmp_path):
         "scenes": {"A_depth/depth/rmse", "B_semseg/semseg/miou", "A_depth/loss"},
         "conflicting_tasks": {"regression/rmse", "classification/accuracy", "regression/loss"},
         "scaled_tasks": {"normalised_error", "normalised_error_worst_tenth", "loss"},
+        "chains": {"accuracy", "token_loss", "perplexity"},
+        "families": {"rouge_l", "rouge_l_bottom_decile", "accuracy"},
+        "instruction_files": {"rouge_l", "loss"},
     }
+    if config.data.name == "task_table" and config.data.preparation.loss == "squared":
+        expected["task_table"] = {"rmse", "loss"}
     assert expected.get(config.data.name, {"accuracy", "accuracy_bottom_decile", "loss"}) <= set(final)
     assert (tmp_path / name / "curves.png").stat().st_size > 1000
 
@@ -124,6 +172,9 @@ def test_bad_configs_are_refused_before_anything_is_written(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+DUAL_ALGORITHMS = ("cocoa", "global_model", "local_models", "minibatch_sdca", "minibatch_sgd")
+ADAPTER_ALGORITHMS = ("fedit", "fedptuning", "local_adapters")
+RELATIONS = ("independent", "mean", "learned", "clustered", "sparse")
 POPULATION_ALGORITHMS = ("fedadam", "fedavg", "fedper", "fedprox", "fedrep", "local")
 GRADNORM_ALGORITHMS = ("equal_weights", "fedper", "fedrep", "local")
 
@@ -132,7 +183,9 @@ GRADNORM_ALGORITHMS = ("equal_weights", "fedper", "fedrep", "local")
     "config_name, algorithm",
     [("feddea_conflicting", a) for a in POPULATION_ALGORITHMS]
     + [("fedgradnorm_tasks", a) for a in GRADNORM_ALGORITHMS]
-    + [("hota_fedgradnorm", "hota_equal_weights")],
+    + [("hota_fedgradnorm", "hota_equal_weights")]
+    + [("mocha_stragglers", a) for a in DUAL_ALGORITHMS]
+    + [("mira_chains", a) for a in ADAPTER_ALGORITHMS],
 )
 def test_baselines_run_beside_their_system(config_name, algorithm, tmp_path):
     config = get(config_name)
@@ -141,6 +194,79 @@ def test_baselines_run_beside_their_system(config_name, algorithm, tmp_path):
     summary = run.run(config, tmp_path / "run")
     assert all(np.isfinite(e["final_mean"]) for e in summary["metrics"]["train_clients"].values())
     assert (summary["bytes_up_per_round"] == 0) == (algorithm == "local")
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_relations_of_mocha(relation, tmp_path):
+    config = get("mocha_synthetic", **{"algorithm.mocha.relation": relation, "algorithm.mocha.ridge": 0.1})
+    config.algorithm.mocha.relationship_every = 0 if relation in ("independent", "mean") else 2
+    config.num_rounds, config.eval_every, config.checkpoint_every = 4, 4, 4
+    summary = run.run(config, tmp_path / "run")
+    assert summary["metrics"]["server"]["gap"]["final_mean"] >= 0
+    assert not jax.config.jax_enable_x64
+
+
+def test_round_times_of_finished_runs(tmp_path, capsys):
+    directories = []
+    for algorithm in ("mocha", "cocoa"):
+        config = get("mocha_stragglers", **{"algorithm.name": algorithm, "num_rounds": 10})
+        directories.append(tmp_path / algorithm)
+        run.run(config, directories[-1])
+    round_times.main([*map(str, directories), f"--output={tmp_path / 'times'}"])
+    printed = capsys.readouterr().out
+    assert "wifi" in printed and "cocoa" in printed
+    assert (tmp_path / "times.png").stat().st_size > 1000
+    times = round_times.elapsed(round_times.read_course(directories[0]), "3g")
+    assert times[-1] > 10 * 1000 and (np.diff(times) > 0).all()
+
+
+BAD_RELATED = {
+    "momentum": ("mocha_synthetic", {"client.momentum": 0.9}, "leave config.client.momentum as it is"),
+    "loss": ("mocha_synthetic", {"data.preparation.loss": "cubic"}, "unknown config.data.loss 'cubic'"),
+    "preparation": (
+        "mocha_synthetic",
+        {"data.preparation.whiten": True},
+        "unknown field config.data.preparation.whiten",
+    ),
+    "relation": ("mocha_synthetic", {"algorithm.mocha.relation": "sorted"}, "unknown relation 'sorted'"),
+    "precision": ("mocha_synthetic", {"execution.precision": "half"}, "unknown config.execution.precision"),
+    "drops": ("mocha_synthetic", {"systems.drop_probability": 1.5}, "drop probability 1.5 is outside 0..1"),
+    "budgets": ("mocha_synthetic", {"systems.low": 2.0}, "budgets between 2.0 and 1.0"),
+    "no file": ("mocha_school", {}, "config.data.path is empty"),
+    "not a dual problem": (
+        "fedem_digits",
+        {"algorithm.name": "mocha", "algorithm.mocha": {"penalty": 1.0, "relation": "learned"}},
+        "need data with a dual loss",
+    ),
+    "pattern": (
+        "mira_chains",
+        {"algorithm.mira.targets": ("*/attention/w_q",)},
+        "matches no dense layer of the model",
+    ),
+    "graph": ("mira_chains", {"algorithm.mira.graph": "tree"}, "unknown graph 'tree'"),
+    "no language model": (
+        "mira_chains",
+        {"model": {"name": "mlp", "hidden": (4,)}, "algorithm.mira.targets": ("decoder",)},
+        "use config.model.name transformer",
+    ),
+    "checkpoint": ("mira_dolly_gpt2", {"data.path": "x", "data.tokenizer": "y"}, "There is no file x"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_RELATED))
+def test_bad_configs_of_related_models(name, tmp_path):
+    config_name, changes, message = BAD_RELATED[name]
+    config = importlib.import_module(f"configs.{config_name}").get_config("quick")
+    with config.unlocked():
+        for field, value in changes.items():
+            *parents, last = field.split(".")
+            owner = config
+            for parent in parents:
+                owner = owner[parent]
+            owner[last] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 BAD_POPULATIONS = {

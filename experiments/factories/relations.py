@@ -2,18 +2,19 @@
 
 from collections.abc import Callable
 
+import networkx as nx
 import numpy as np
 
 from experiments.parts import Parts
 from experiments.settings import choose
-from fedjax_mtl import Algorithm, algorithms, server, task_graphs, trees
+from fedjax_mtl import Algorithm, algorithms, server, task_graphs, topology, trees
 from fedjax_mtl.task_graphs import TaskGraph
 
 _ENCODER, _DECODER = trees.under("encoder"), trees.under("decoder")
 
 
-def make_adjacency(parts: Parts, *, graph: str, seed: int = 0) -> np.ndarray:
-    """A fixed graph of the clients: ``complete``, ``random``, by ``group`` (where the data have groups) or by ``labels``' similarity."""
+def make_adjacency(parts: Parts, *, graph: str, seed: int = 0, edge_probability: float = 0.2) -> np.ndarray:
+    """A fixed graph of the clients: ``complete``, ``random`` weights, ``erdos_renyi``, by ``group`` (where the data have groups) or by ``labels``' similarity."""
     problem, clients = parts.problem, parts.num_clients
 
     def by_group():
@@ -31,6 +32,7 @@ def make_adjacency(parts: Parts, *, graph: str, seed: int = 0) -> np.ndarray:
     table = {
         "complete": lambda: task_graphs.complete(clients),
         "random": lambda: task_graphs.random(clients, seed),
+        "erdos_renyi": lambda: nx.to_numpy_array(topology.erdos_renyi(clients, edge_probability, seed)),
         "group": by_group,
         "labels": by_labels,
     }
@@ -73,11 +75,12 @@ def _sheaf_fmtl(
     strength: float,
     map_step: float,
     compression: float,
+    edge_probability: float = 0.2,
     graph_seed: int = 0,
 ) -> Algorithm:
     return algorithms.sheaf_fmtl(
         **parts.training(learning_rate),
-        adjacency=make_adjacency(parts, graph=graph, seed=graph_seed),
+        adjacency=make_adjacency(parts, graph=graph, seed=graph_seed, edge_probability=edge_probability),
         strength=strength,
         map_step=map_step,
         compression=compression,

@@ -173,11 +173,17 @@ def minibatch_sdca(
     return Algorithm(init, one_round, predict_linear, adapt, traffic_of_models, num_tasks)
 
 
+class PrimalNodes(NamedTuple):
+    """Nodes without dual variables: ``weights`` ``[tasks, features]``."""
+
+    weights: jax.Array
+
+
 class PrimalState(NamedTuple):
-    """The state of a primal method: its nodes have no dual variables (``clients.alpha`` is ``[tasks, 0]``); ``covariance`` as MOCHA's."""
+    """The state of a primal method; ``covariance`` as MOCHA's."""
 
     round: jax.Array
-    clients: MochaNodes
+    clients: PrimalNodes
     covariance: jax.Array
 
 
@@ -213,7 +219,7 @@ def minibatch_sgd(
 
     def init(key):
         del key
-        nodes = MochaNodes(jnp.zeros((num_tasks, 0), dtype), jnp.zeros((num_tasks, features), dtype))
+        nodes = PrimalNodes(jnp.zeros((num_tasks, features), dtype))
         return PrimalState(jnp.zeros((), jnp.int32), nodes, relationship.init(num_tasks, dtype))
 
     def one_round(state, cohort, key):
@@ -227,8 +233,8 @@ def minibatch_sgd(
             return no_change(problem)._replace(combined=total, num_steps=count)
 
         # Subproblems hold a node's data; its dual variables are not used.
-        padded = state.clients._replace(alpha=jnp.zeros((num_tasks, capacity), dtype))
-        seen = state._replace(clients=padded)
+        unused = jnp.zeros((num_tasks, capacity), dtype)
+        seen = state._replace(clients=MochaNodes(unused, state.clients.weights))
         zeros = jnp.zeros(num_tasks, dtype)
         worked = local_work(summed_gradient, loss, seen, cohort, zeros, key, execution, False)
         steps = jnp.where(cohort.present, worked.change.num_steps, 0)
@@ -245,7 +251,7 @@ def minibatch_sgd(
             mean = gradient / jnp.maximum(steps, 1)[:, None]
             data_step = jnp.zeros_like(weights).at[cohort.client_ids].add(mean)
             weights = weights - rate * (penalty * decayed + data_step)
-        state = PrimalState(state.round + 1, state.clients._replace(weights=weights), state.covariance)
+        state = PrimalState(state.round + 1, PrimalNodes(weights), state.covariance)
         return state, metrics(state, cohort, steps)
 
     def metrics(state, cohort, steps):
@@ -272,9 +278,7 @@ def minibatch_sgd(
 
     def adapt(state, newcomers, key):
         del key
-        count = newcomers.num_clients
-        nodes = MochaNodes(jnp.zeros((count, 0), dtype), jnp.zeros((count, features), dtype))
-        return state._replace(clients=nodes)
+        return state._replace(clients=PrimalNodes(jnp.zeros((newcomers.num_clients, features), dtype)))
 
     return Algorithm(init, one_round, predict_linear, adapt, traffic_of_models, num_tasks)
 
@@ -283,7 +287,7 @@ class PooledState(NamedTuple):
     """The state of :func:`global_model`: every node's copy of the model, and the ``pool``, MOCHA's state of a single task."""
 
     round: jax.Array
-    clients: MochaNodes
+    clients: PrimalNodes
     pool: MochaState
 
 
@@ -326,7 +330,7 @@ def global_model(
 
     def everybody(pool, count):
         weights = jnp.broadcast_to(pool.clients.weights, (count, features))
-        return PooledState(pool.round, MochaNodes(jnp.zeros((count, 0), dtype), weights), pool)
+        return PooledState(pool.round, PrimalNodes(weights), pool)
 
     def one_round(state, cohort, key):
         if cohort.client_ids.shape[0] != num_tasks:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from configs import fedem_digits, fedem_synthetic
+from configs import fedem_digits, fedem_synthetic, relational_digits
 from experiments import report, run, sweep, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -209,9 +209,9 @@ def test_a_report_of_an_unfinished_run_says_so(tmp_path):
         report.report([tmp_path], tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", sorted(set(fedem_digits.get_config("quick").algorithm) - {"name"}))
+@pytest.mark.parametrize("name", sorted(set(relational_digits.get_config("quick").algorithm) - {"name"}))
 def test_every_algorithm_runs_from_a_config(name, tmp_path):
-    config = fedem_digits.get_config("quick")
+    config = relational_digits.get_config("quick")
     config.algorithm.name = name
     config.seeds = (0,)
     config.num_rounds, config.eval_every, config.checkpoint_every = 2, 2, 2
