@@ -4,8 +4,9 @@ import os
 
 # Before anything touches a device. Four devices on whatever cores there are, so that sharded paths are exercised.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Tests compile much and compute little; claims (FEDJAX_MTL_OPTIMISE=1) the other way round.
+if not os.environ.get("FEDJAX_MTL_OPTIMISE"):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
 

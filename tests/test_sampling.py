@@ -79,3 +79,31 @@ def test_availability_follows_the_trace():
 def test_bad_samplers(sampler, message):
     with pytest.raises(ValueError, match=message):
         sampler(KEY, 0, FEDERATION)
+
+
+def test_drops_are_as_likely_as_asked():
+    federation = small_federation()
+    probability = np.array([0.0, 1.0, 0.5, 0.5, 0.2, 0.8])
+    sampler = sampling.dropping(sampling.full_participation(), probability)
+    draws = jax.vmap(lambda key: sampler(key, 0, federation).present)(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    np.testing.assert_allclose(draws.mean(0), 1 - probability, atol=0.04)
+    cohort = sampler(jax.random.key(1), 0, federation)
+    assert not cohort.present[1]
+    np.testing.assert_array_equal(cohort.federation.sizes[~cohort.present], 0)
+    np.testing.assert_array_equal(cohort.shares[~cohort.present], 0)
+
+
+def test_budgets_are_shares_of_the_data():
+    federation = small_federation()
+    for of_smallest in (False, True):
+        budget = sampling.fraction_of_data(0.5, 1.0, of_smallest=of_smallest)
+        sampler = sampling.straggling(sampling.full_participation(), budget)
+        budgets = np.stack(
+            [sampler(key, 0, federation).budgets for key in jax.random.split(jax.random.key(0), 50)]
+        )
+        sizes = np.asarray(federation.sizes)
+        limit = np.full_like(sizes, sizes.min()) if of_smallest else sizes
+        assert (budgets <= limit).all() and (budgets >= np.floor(0.5 * limit)).all()
+        assert len(np.unique(budgets[:, 1])) > 1 or of_smallest

@@ -11,8 +11,8 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from mocha_problems import every_fourth_is_test, federate, reference_data, related_tasks
-from experiments.mocha_twin import Twin
 
+from experiments.mocha_twin import Twin
 from fedjax_mtl import make_execution, relationships, sampling, simulate
 from fedjax_mtl.algorithms.mocha import check_tasks, mocha, objective, with_later_task
 from fedjax_mtl.algorithms.mocha_baselines import (
