@@ -48,6 +48,7 @@ def experiment(
             "name": "sgd",
             "momentum": 0.0,
             "weight_decay": 0.0,
+            "max_norm": 0.0,  # gradients are cut to this length; 0: never
             "schedule": "constant",
             "keep_optimizer": False,
             **(client or {}),
@@ -261,10 +262,10 @@ def relational_algorithms(learning_rate: float) -> dict[str, Any]:
         "ditto": {"learning_rate": learning_rate, "penalty": 0.5},
         "fedamp": {
             "learning_rate": learning_rate,
-            "penalty": 0.1,
-            "scale": 0.1,
+            "penalty": 0.01,
+            "scale": 0.01,
             "bandwidth": "median",
-            "clip": False,
+            "clip": True,
             "fidelity": "paper",
         },
         "fedhca2": {

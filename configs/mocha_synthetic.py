@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --config=configs/mocha_synthetic.py --workdir=runs/mocha --grid=algorithm.name=mocha,local_models,global_model
 
-{RESULT}
+Test error of one draw, mean over tasks: 19.7 % with a learned relation, 20.7 % one model a task, 33.1 % one for all, at these untuned penalties; over ten shuffles with tuned ones see the README. Ten seconds a method on one CPU core.
 Other relations: ``--config.algorithm.mocha.relation=mean``, ``clustered``, ``sparse`` or ``independent``. Double precision. ``quick`` is a smoke test.
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ from fedjax_mtl.tasks.rouge import rouge_l
 PyTree = Any
 
 
-def generate(config: ml_collections.ConfigDict, problem: Problem, state: PyTree) -> jax.Array:
-    """Greedy answers of one run's clients, int32 ``[clients, capacity, max_new_tokens]``; padding answers nonsense.
+def make_generation(config: ml_collections.ConfigDict, problem: Problem) -> Callable[[PyTree], jax.Array]:
+    """``state -> greedy answers`` of one run's clients, int32 ``[clients, capacity, max_new_tokens]``; padding answers nonsense.
 
-    One compiled program, one client at a time: its prompts are a batch, so the cache holds one client's.
+    One program, one client at a time: its prompts are a batch, so the cache holds one client's.
     """
     asked = problem.generation
 
@@ -43,16 +44,15 @@ def generate(config: ml_collections.ConfigDict, problem: Problem, state: PyTree)
     algorithm, _ = build.make_algorithm(config, problem, answering)
     federation = asked.federation
 
-    @jax.jit
-    def run(state, examples, indices):
+    def generate(state):
         def one(client):
             client_id, rows = client
-            prompts = jax.tree.map(lambda leaf: leaf[rows][None], examples)
+            prompts = jax.tree.map(lambda leaf: leaf[rows][None], federation.examples)
             return algorithm.predict(state, client_id[None], prompts)[0]
 
-        return jax.lax.map(one, (jnp.arange(indices.shape[0]), indices))
+        return jax.lax.map(one, (jnp.arange(federation.num_clients), federation.indices))
 
-    return run(state, federation.examples, federation.indices)
+    return generate
 
 
 def score(
@@ -65,11 +65,11 @@ def score(
     """ROUGE-L F1 in percent by seed, the mean over each client's test prompts, ``[clients]``; answers go to ``answers.jsonl``."""
     asked = problem.generation
     indices, sizes = (np.asarray(x) for x in (asked.federation.indices, asked.federation.sizes))
-    scores = {}
+    generate, scores = jax.jit(make_generation(config, problem)), {}
     with (directory / "answers.jsonl").open("w") as file:
         for place, seed in enumerate(seeds):
             state = jax.tree.map(lambda leaf, p=place: leaf[p], states)
-            tokens = np.asarray(generate(config, problem, state))
+            tokens = np.asarray(generate(state))
             means = []
             for client, size in enumerate(sizes):
                 answers = [asked.tokenizer.decode(row[row >= 0].tolist()) for row in tokens[client, :size]]

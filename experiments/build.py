@@ -141,7 +141,7 @@ def make_plan(*, batch_size: int, epochs: int, steps: int) -> batching.BatchPlan
 
 
 def execution_of(config: ml_collections.ConfigDict, model: models.Model) -> Execution:
-    """``config.execution``; mode ``auto`` picks by platform and the size of what a client trains, all components of it."""
+    """``config.execution``; mode ``auto`` picks by platform and the size of the model, all components and a frozen base included."""
     settings = dict(config.execution)
     del settings["precision"]
     if settings["mode"] != "auto":
@@ -192,7 +192,7 @@ def make_algorithm(
         make_plan(**{name: client.pop(name) for name in ("batch_size", "epochs", "steps")}),
         make_schedule(client["schedule"], config.num_rounds),
         client.pop("schedule") == "constant",
-        {name: client.pop(name) for name in ("name", "momentum", "weight_decay")},
+        {name: client.pop(name) for name in ("name", "momentum", "weight_decay", "max_norm")},
         client.pop("keep_optimizer"),
         finish,
     )
@@ -208,8 +208,15 @@ def make_sampler(
     config: ml_collections.ConfigDict, num_clients: int | dict[str, int]
 ) -> sampling.Sampler | sampling.PopulationSampler:
     """Everybody, or ``config.cohort_size`` clients a round, uniformly, with the failures and budgets of ``config.systems``; of a heterogeneous population everybody."""
-    size = config.cohort_size
+    size, systems = config.cohort_size, config.systems
+    limited = (systems.low, systems.high) != (1.0, 1.0)
+    if systems.of_smallest and not limited:
+        raise ValueError(
+            "config.systems.of_smallest says whose share a budget is; set low and high below 1 too"
+        )
     if isinstance(num_clients, dict):
+        if limited or systems.drop_probability:
+            raise ValueError("config.systems is not offered for heterogeneous populations; leave it as it is")
         if size:
             raise ValueError(
                 f"config.cohort_size is {size}, but all clients of a heterogeneous population take part; give 0"
@@ -220,8 +227,7 @@ def make_sampler(
             f"config.cohort_size is {size} but {num_clients} clients train; give 1..{num_clients}, or 0 for all"
         )
     sampler = sampling.uniform(size) if size else sampling.full_participation()
-    systems = config.systems
-    if (systems.low, systems.high) != (1.0, 1.0):
+    if limited:
         budget = sampling.fraction_of_data(systems.low, systems.high, of_smallest=systems.of_smallest)
         sampler = sampling.straggling(sampler, budget)
     return sampling.dropping(sampler, systems.drop_probability) if systems.drop_probability else sampler

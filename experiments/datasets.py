@@ -386,9 +386,9 @@ def _linear_problem(
     if one_class not in ("refuse", "keep"):
         raise ValueError(f"unknown config.data.one_class {one_class!r}; expected refuse or keep")
     chosen = _DUAL_LOSSES[loss]()
-    if chosen.labels == "real":
-        table = table._replace(labels=table.labels - table.labels.mean())
     splits = task_tables.split_tasks(table, train_share=train_share, seed=seed, skewed=skewed)
+    if chosen.labels == "real":
+        splits = features.centre_labels(splits)
     if one_class == "refuse":
         check_tasks(splits.train, chosen)
     if standardise != "no":
@@ -495,6 +495,10 @@ def _instruction_problem(
     )
 
 
+# Enough that a small base model does not learn its pre-training set by heart.
+_PRETRAINING_DRAWS = 12
+
+
 def families(
     *,
     clients_per_family: int,
@@ -522,7 +526,10 @@ def families(
     )
     # What questions and answers look like, not which belong together.
     rng = np.random.default_rng([seed, 1])
-    asked = instruction_families.instruction_families(int(rng.integers(2**31))).instructions
+    draws = rng.integers(2**31, size=_PRETRAINING_DRAWS)
+    asked = [
+        item for draw in draws for item in instruction_families.instruction_families(int(draw)).instructions
+    ]
     shuffled = [
         item._replace(response=asked[other].response)
         for item, other in zip(asked, rng.permutation(len(asked)), strict=True)

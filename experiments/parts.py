@@ -13,17 +13,24 @@ from fedjax_mtl import Execution, batching, models
 
 
 def make_optimizer(
-    *, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0, name: str = "sgd"
+    *,
+    learning_rate: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    max_norm: float = 0.0,
+    name: str = "sgd",
 ) -> optax.GradientTransformation:
-    """SGD or Adam with L2 regularisation in the gradient, as PyTorch's weight decay."""
+    """SGD or Adam on gradients cut to ``max_norm`` (0: as they are), with L2 regularisation in the gradient, as PyTorch's weight decay."""
     table = {
         "sgd": lambda: optax.sgd(learning_rate, momentum=momentum or None),
         "adam": lambda: optax.adam(learning_rate),
     }
-    optimizer = choose(table, name, "optimizer")()
+    steps = [choose(table, name, "optimizer")()]
     if weight_decay:
-        return optax.chain(optax.add_decayed_weights(weight_decay), optimizer)
-    return optimizer
+        steps.insert(0, optax.add_decayed_weights(weight_decay))
+    if max_norm:
+        steps.insert(0, optax.clip_by_global_norm(max_norm))
+    return optax.chain(*steps) if len(steps) > 1 else steps[0]
 
 
 def make_schedule(name: str, num_rounds: int) -> Callable[[jax.Array], jax.Array]:
@@ -58,6 +65,14 @@ class Parts(NamedTuple):
 
     def optimizer(self, learning_rate: float, **changes: Any) -> optax.GradientTransformation:
         return make_optimizer(**{**self.optimizer_settings, "learning_rate": learning_rate, **changes})
+
+    def refuse_client_settings(self, why: str) -> None:
+        """Raises ValueError, naming the field, if the optimiser, its state or the schedule were set: for methods that would ignore them."""
+        plain = make_optimizer.__kwdefaults__
+        changed = [name for name, value in plain.items() if self.optimizer_settings[name] != value]
+        changed += ["keep_optimizer"] * self.keep_optimizer + ["schedule"] * (not self.constant_rate)
+        if changed:
+            raise ValueError(f"{why}; leave config.client.{changed[0]} as it is")
 
     def common(self) -> dict[str, Any]:
         """Arguments of every algorithm around a server."""

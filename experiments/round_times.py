@@ -24,15 +24,22 @@ TARGETS = (1.0, 0.1, 0.01)
 
 
 class Course(NamedTuple):
-    """One run: its method, rounds done at each evaluation, and of the rounds between them the means of primal, dual and steps; ``[evaluations]``."""
+    """One run.
 
+    Attributes:
+        name: of its directory. method: of its algorithm. num_tasks: nodes.
+        rounds: done at each evaluation, ``[evaluations]``. primal, dual, slowest: means over the rounds between evaluations, of the values and of the slowest node's steps.
+        steps: coordinate steps of all nodes in a round at the largest possible budget.
+    """
+
+    name: str
     method: str
+    num_tasks: int
     rounds: np.ndarray
     primal: np.ndarray
     dual: np.ndarray
-    steps: np.ndarray
     slowest: np.ndarray
-    num_tasks: int
+    steps: float
 
 
 def read_course(directory: pathlib.Path) -> Course:
@@ -56,24 +63,26 @@ def read_course(directory: pathlib.Path) -> Course:
     def column(name):
         return np.array([row.get(name, -np.inf) for row in rows])
 
+    method = config["algorithm"]["name"]
+    passes = config["algorithm"][method].get("passes", 1.0)
     return Course(
-        config["algorithm"]["name"],
+        directory.name,
+        method,
+        clients // len(config["seeds"]),
         column("round"),
         column("primal"),
         column("dual"),
-        column("num_steps"),
         column("slowest_steps"),
-        clients // len(config["seeds"]),
+        min(passes, config["systems"]["high"]) * rows[0]["num_examples"],
     )
 
 
 def elapsed(course: Course, network: str) -> np.ndarray:
     """Estimated time at each evaluation, ``[evaluations]``."""
     between = np.diff(course.rounds, prepend=0)
-    # Stragglers are charged at the largest budget that was seen.
     one = costs.estimated_round_time(
         course.method,
-        steps=course.steps.max(),
+        steps=course.steps,
         slowest=course.slowest,
         num_tasks=course.num_tasks,
         network=network,
@@ -82,12 +91,12 @@ def elapsed(course: Course, network: str) -> np.ndarray:
 
 
 def times_to(courses: list[Course], optimum: float, network: str) -> dict[str, list[float | None]]:
-    """When each method's sub-optimality first was at most each of ``TARGETS``; None where never."""
+    """When each run's sub-optimality first was at most each of ``TARGETS``; None where never."""
     table = {}
     for course in courses:
         when = elapsed(course, network)
         reached = [when[course.primal - optimum <= target] for target in TARGETS]
-        table[course.method] = [float(times[0]) if len(times) else None for times in reached]
+        table[course.name] = [float(times[0]) if len(times) else None for times in reached]
     return table
 
 
@@ -97,7 +106,7 @@ def draw(courses: list[Course], optimum: float, output: pathlib.Path) -> None:
     for axis, network in zip(axes, costs.NETWORKS, strict=True):
         for course in courses:
             gap = np.maximum(course.primal - optimum, 1e-12)
-            axis.plot(elapsed(course, network), gap, label=course.method)
+            axis.plot(elapsed(course, network), gap, label=course.name)
         axis.set(xscale="log", yscale="log", xlabel="estimated time", title=network)
     axes[0].set_ylabel("primal sub-optimality")
     axes[0].legend()
@@ -118,8 +127,8 @@ def main(arguments: list[str]) -> None:
     draw(courses, optimum, output)
     for network in costs.NETWORKS:
         print(f"\n{network}: estimated time to a primal sub-optimality of {', '.join(map(str, TARGETS))}")
-        for method, times in times_to(courses, optimum, network).items():
-            print(f"  {method:16s}", *("never" if t is None else f"{t:10.3g}" for t in times))
+        for name, times in times_to(courses, optimum, network).items():
+            print(f"  {name:16s}", *("never" if t is None else f"{t:10.3g}" for t in times))
 
 
 if __name__ == "__main__":

@@ -177,8 +177,11 @@ class Prepared(NamedTuple):
     initial: Callable[[PyTree], PyTree] | None
 
 
-def prepare(config: ml_collections.ConfigDict) -> Prepared:
+def prepare(config: ml_collections.ConfigDict, fresh: bool = True) -> Prepared:
     """Builds all objects of a run and traces one round, which finds whatever can be wrong before anything is written.
+
+    Args:
+        fresh: False for a run that will be taken up from a checkpoint, which holds a base model's weights already.
 
     Raises:
         ValueError, FileNotFoundError: naming the field and the remedy.
@@ -194,7 +197,11 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
         return algorithm.round(algorithm.init(key), sampler(key, 0, train), key)
 
     jax.eval_shape(first_round, jax.random.key(0))
-    base = build.make_base(config, problem)
+    if getattr(problem, "generation", None) is not None:
+        jax.eval_shape(
+            answers.make_generation(config, problem), jax.eval_shape(algorithm.init, jax.random.key(0))
+        )
+    base = build.make_base(config, problem) if fresh else None
     initial = None
     if base is not None:
 
@@ -221,7 +228,8 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str,
 
 
 def _run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> dict[str, Any]:
-    problem, algorithm, execution, sampler, initial = prepare(config)
+    fresh = not any((directory / "checkpoints").glob("*"))
+    problem, algorithm, execution, sampler, initial = prepare(config, fresh)
     seeds = tuple(config.seeds)
     workdir.claim(directory, config)
 
@@ -230,6 +238,8 @@ def _run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> di
     checkpoints = Checkpoints(directory / "checkpoints")
     done = checkpoints.latest_round()
     state, spent = None, {"wall_seconds": 0.0, "compile_seconds": 0.0}
+    if done is None and not fresh:
+        initial = prepare(config).initial  # interrupted before its first checkpoint was whole
     if done is not None:
         state, spent = checkpoints.restore(done, initial_shapes(algorithm, len(seeds)))
     metrics = workdir.MetricsFile(directory / "metrics.jsonl", -1 if done is None else done)

@@ -98,7 +98,8 @@ def mean_regularised(penalty: float, coupling: float, ridge: float) -> Relations
     ``Sigma = penalty / 2 (1 1^T / (tasks ridge) + (I - 1 1^T / tasks) / (coupling + ridge))``. Coupling 0 is every task alone; towards infinity it becomes one model for
     all. ``penalty`` is MOCHA's own, which cancels: it only scales Sigma.
     """
-    if penalty <= 0 or ridge <= 0 or coupling < 0:
+    known = [x if not isinstance(x, jax.core.Tracer) else 1.0 for x in (penalty, ridge, coupling)]
+    if known[0] <= 0 or known[1] <= 0 or known[2] < 0:  # mapped hyper-parameters have no value yet
         raise ValueError(
             f"mean_regularised takes penalty > 0, ridge > 0 and coupling >= 0, got {penalty}, {ridge} and {coupling}; "
             "without a ridge the common mean is not regularised and Sigma does not exist"
@@ -141,7 +142,7 @@ def task_relationship(ridge: float = 0.0, floor: float = 1e-7) -> Relationship:
     """
 
     def effective(covariance):
-        if ridge == 0:
+        if not isinstance(ridge, jax.core.Tracer) and ridge == 0:
             return covariance
         count = covariance.shape[0]
         return jnp.linalg.solve(jnp.eye(count, dtype=covariance.dtype) + ridge * covariance, covariance)
@@ -173,7 +174,8 @@ def cluster_memberships(weights: jax.Array, num_clusters: float, smoothing: floa
         short = jnp.sum(eigenvalues(middle, singular)) < num_clusters
         return jnp.where(short, middle, low), jnp.where(short, high, middle)
 
-    largest = jnp.maximum(jnp.max(singular), jnp.sqrt(jnp.finfo(weights.dtype).tiny))
+    # Weights that are all 0 have no clusters: Q is 0 then, whatever the bracket.
+    largest = jnp.where(jnp.max(singular) > 0, jnp.max(singular), 1)
     # In scale = 1 / sqrt(nu), geometrically: at the lower end all are 0, at the upper all that can be are 1.
     smallest = jnp.maximum(jnp.min(jnp.where(singular > 0, singular, largest)), largest * 1e-12)
     bracket = (smoothing / largest * 0.5, (1 + smoothing) / smallest * 2)

@@ -218,6 +218,8 @@ def test_round_times_of_finished_runs(tmp_path, capsys):
     assert (tmp_path / "times.png").stat().st_size > 1000
     times = round_times.elapsed(round_times.read_course(directories[0]), "3g")
     assert times[-1] > 10 * 1000 and (np.diff(times) > 0).all()
+    table = round_times.times_to([round_times.read_course(d) for d in directories], -1e9, "wifi")
+    assert table == {"mocha": [None] * 3, "cocoa": [None] * 3}
 
 
 BAD_RELATED = {
@@ -231,6 +233,7 @@ BAD_RELATED = {
     "relation": ("mocha_synthetic", {"algorithm.mocha.relation": "sorted"}, "unknown relation 'sorted'"),
     "precision": ("mocha_synthetic", {"execution.precision": "half"}, "unknown config.execution.precision"),
     "drops": ("mocha_synthetic", {"systems.drop_probability": 1.5}, "drop probability 1.5 is outside 0..1"),
+    "smallest": ("mocha_synthetic", {"systems.of_smallest": True}, "set low and high below 1 too"),
     "budgets": ("mocha_synthetic", {"systems.low": 2.0}, "budgets between 2.0 and 1.0"),
     "no file": ("mocha_school", {}, "config.data.path is empty"),
     "not a dual problem": (
@@ -242,6 +245,11 @@ BAD_RELATED = {
         "mira_chains",
         {"algorithm.mira.targets": ("*/attention/w_q",)},
         "matches no dense layer of the model",
+    ),
+    "no adapters": (
+        "mira_chains",
+        {"algorithm.name": "fedavg", "algorithm.fedavg": {"learning_rate": 0.1}},
+        "this algorithm's model has no frozen base",
     ),
     "graph": ("mira_chains", {"algorithm.mira.graph": "tree"}, "unknown graph 'tree'"),
     "no language model": (
@@ -269,11 +277,19 @@ def test_bad_configs_of_related_models(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_answers_that_do_not_fit_are_found_before_training(tmp_path):
+    config = get("mira_instructions", **{"data.max_length": 60})
+    with pytest.raises(ValueError, match="68 tokens exceed the model's max_length of 64"):
+        run.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 BAD_POPULATIONS = {
     "cut": (
         {"algorithm.name": "fedbone"},
         "'fedbone' needs a model that can be cut; use --config.model.name=cut",
     ),
+    "systems": ({"systems.drop_probability": 0.5}, "config.systems is not offered for heterogeneous"),
     "cohort": ({"cohort_size": 2}, "all clients of a heterogeneous population take part; give 0"),
     "momentum": (
         {"client.keep_optimizer": True},

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.parts import Parts, make_optimizer
+from experiments.parts import Parts
 from experiments.settings import choose
 from fedjax_mtl import Algorithm, algorithms, relationships
 from fedjax_mtl.relationships import Relationship
@@ -14,14 +14,9 @@ from fedjax_mtl.relationships import Relationship
 
 def _settings(parts: Parts, penalty: float) -> dict[str, Any]:
     """What all dual methods take; local training by batches is not among it."""
-    plain = {name: value for name, value in make_optimizer.__kwdefaults__.items()}
-    changed = [name for name, value in plain.items() if parts.optimizer_settings[name] != value]
-    changed += ["keep_optimizer"] * parts.keep_optimizer + ["schedule"] * (not parts.constant_rate)
-    if changed:
-        raise ValueError(
-            f"MOCHA and its kin do not train by batches; leave config.client.{changed[0]} as it is, work is set by "
-            "config.algorithm's passes"
-        )
+    parts.refuse_client_settings(
+        "MOCHA and its kin do not train by batches, work is set by config.algorithm's passes"
+    )
     if parts.problem.dual_loss is None:
         raise ValueError(
             "MOCHA and its kin need data with a dual loss; use one of the data sets related_tasks, task_table, human_activity"
@@ -107,7 +102,7 @@ def _cocoa(
     )
 
 
-def _minibatch(factory: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
+def _minibatch(factory: Callable[..., Algorithm], default_scaling: float) -> Callable[..., Algorithm]:
     def make(
         parts: Parts,
         *,
@@ -116,7 +111,7 @@ def _minibatch(factory: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
         coupling: float = 1.0,
         ridge: float = 0.0,
         passes: float = 1.0,
-        scaling: float = 10.0,
+        scaling: float = default_scaling,
     ) -> Algorithm:
         return factory(
             **_settings(parts, penalty),
@@ -141,7 +136,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "cocoa": _cocoa,
     "global_model": _alone(algorithms.global_model),
     "local_models": _alone(algorithms.local_models),
-    "minibatch_sdca": _minibatch(algorithms.minibatch_sdca),
-    "minibatch_sgd": _minibatch(algorithms.minibatch_sgd),
+    "minibatch_sdca": _minibatch(algorithms.minibatch_sdca, 10.0),
+    "minibatch_sgd": _minibatch(algorithms.minibatch_sgd, 0.1),
     "mocha": _mocha,
 }

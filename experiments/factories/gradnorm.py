@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.parts import Parts, make_optimizer
+from experiments.parts import Parts
 from fedjax_mtl import Algorithm, algorithms, batching, trees
 
 
@@ -25,13 +25,7 @@ def _gradnorm_settings(
     dynamic: bool,
 ) -> dict[str, Any]:
     """Of FedGradNorm on a body and a head: norms at the body's last layer, Adam on the server, plain SGD on the clients."""
-    plain = make_optimizer.__kwdefaults__
-    changed = [name for name, value in plain.items() if parts.optimizer_settings[name] != value]
-    changed += ["keep_optimizer"] * parts.keep_optimizer + ["schedule"] * (not parts.constant_rate)
-    if changed:
-        raise ValueError(
-            f"FedGradNorm's clients train by plain SGD at a constant rate; leave config.client.{changed[0]} as it is"
-        )
+    parts.refuse_client_settings("FedGradNorm's clients train by plain SGD at a constant rate")
     last = f"dense_{len(_layers(parts)) - 1}"
     return {
         "model": parts.model,

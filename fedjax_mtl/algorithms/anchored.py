@@ -75,7 +75,8 @@ def ditto(
         # The same batches for both, as when one loop trains them side by side.
         shared = globally.update(params, state.shared, client, key)
         own = personally.update(params, state.own, client, key)
-        metrics = {**own.metrics, "global_loss": shared.metrics["loss"]}
+        # The loss is that of what travels: servers may weigh clients by it.
+        metrics = {**shared.metrics, "personal_loss": own.metrics["loss"]}
         return ClientResult(shared.pseudo_gradient, DittoState(shared.state, own.state), metrics)
 
     def predict(params, state, inputs):

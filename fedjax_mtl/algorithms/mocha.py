@@ -172,7 +172,7 @@ def mocha(
     :func:`fedjax_mtl.sampling.straggling`), none if it is absent (faults; :func:`fedjax_mtl.sampling.dropping`, or a sampled cohort). It sends ``X_t^T d_t / n_t``, one number a
     feature; the server adds them up and sends back ``W = Sigma B / penalty``. Every ``relationship_every`` rounds the server learns Sigma from W.
 
-    Metrics of a round, after it: ``loss`` (mean over tasks), ``num_steps`` (coordinate steps of all nodes), ``slowest_steps`` (of the one that made most), ``sigma_prime``, and, if the cohort has a slot for every
+    Metrics of a round, after it: ``loss`` (mean over tasks), ``num_steps`` (coordinate steps of all nodes), ``slowest_steps`` (of the one that made most), ``num_examples`` (of all nodes, absent ones too), ``sigma_prime``, and, if the cohort has a slot for every
     node (absent ones included), ``primal``, ``dual`` and ``gap``.
 
     Args:
@@ -358,6 +358,7 @@ def round_metrics(loss, penalty, state, cohort, sizes, worked, recomputed, execu
     metrics = {
         "num_steps": jnp.sum(steps).astype(state.dual_sums.dtype),
         "slowest_steps": jnp.max(steps).astype(state.dual_sums.dtype),
+        "num_examples": jnp.sum(jnp.asarray(sizes)).astype(state.dual_sums.dtype),
         "sigma_prime": state.sigma_prime,
     }
     if worked.inexactness is not None:

@@ -84,7 +84,7 @@ def _released_cocoa(loss: DualLoss, inexactness: float, **settings: Any) -> Algo
         )
         steps = tested.change.num_steps
         # A node counts its steps plus one; the first to reach the limit ends the testing of those behind it.
-        capped = steps >= _RELEASED_MAX_STEPS
+        capped = (steps >= _RELEASED_MAX_STEPS) & cohort.present
         behind = jnp.cumsum(capped) - capped > 0
         budgets = jnp.where(behind, _RELEASED_MAX_STEPS, steps)
         return method.round(state, cohort._replace(budgets=jnp.minimum(budgets, cohort.budgets)), key)
@@ -140,7 +140,7 @@ def minibatch_sdca(
 ) -> Algorithm:
     """Mini-batch SDCA (Takac et al., arXiv 1507.08322): coordinate steps that do not see each other's effect on the model, applied in part.
 
-    All alphas are maximised at the round's W; the change is scaled by ``scaling / (coordinate steps of all nodes)``, 1 to that number (to be tuned; the released code's driver: 10).
+    All alphas are maximised at the round's W; the change is scaled by ``scaling / (coordinate steps of all nodes)``, at most 1, with scaling from 1 to that number (to be tuned; the released code's driver: 10).
     Sigma stays as ``relationship`` starts. Other settings as for MOCHA.
     """
     draw_order = ORDERS[order] if isinstance(order, str) else order
@@ -160,7 +160,8 @@ def minibatch_sdca(
 
         curvatures = jnp.diagonal(state.covariance) / penalty
         worked = local_work(work, loss, state, cohort, curvatures, key, execution, False)
-        step = scaling / jnp.maximum(jnp.sum(worked.change.num_steps), 1).astype(dtype)
+        # Beyond 1 the duals would leave their domain: few steps, as when nodes fail, are applied in full.
+        step = jnp.minimum(scaling / jnp.maximum(jnp.sum(worked.change.num_steps), 1).astype(dtype), 1)
         state = apply_changes(state, cohort, worked.change, step, penalty)
         return state, round_metrics(loss, penalty, state, cohort, sizes, worked, True, execution)
 
@@ -269,6 +270,7 @@ def minibatch_sgd(
             "loss": jnp.mean(losses),
             "num_steps": jnp.sum(steps).astype(dtype),
             "slowest_steps": jnp.max(steps).astype(dtype),
+            "num_examples": jnp.sum(jnp.asarray(sizes)).astype(dtype),
         }
         if ids.shape[0] == num_tasks:
             weights = state.clients.weights
@@ -309,8 +311,8 @@ def global_model(
 ) -> Algorithm:
     """One model for all: ``mean loss + penalty / 2 ||w||^2`` over the pooled examples, as if they lay in one place; every node predicts with it.
 
-    A round is ``passes`` passes of coordinate ascent over the pool, in an order of its own. Traffic is that of collecting nothing: it is centralised training, not
-    a federated method. It needs full participation.
+    A round is ``passes`` passes of coordinate ascent over the pool, in an order of its own. It is centralised training, not a federated method: it needs a cohort with a slot for every
+    node, and whether they are absent or slow does not matter to it.
     """
     num_tasks = len(sizes)
     pooled = mocha(
@@ -337,7 +339,7 @@ def global_model(
             raise ValueError(
                 f"a global model pools the data of all {num_tasks} tasks; use full participation"
             )
-        pool, metrics = pooled.round(state.pool, _as_one_node(cohort), key)
+        pool, metrics = pooled.round(state.pool, _as_one_node(cohort, jnp.asarray(sizes)), key)
         return everybody(pool, num_tasks), metrics
 
     def adapt(state, newcomers, key):
@@ -347,13 +349,14 @@ def global_model(
     return Algorithm(init, one_round, predict_linear, adapt, traffic_of_models, num_tasks)
 
 
-def _as_one_node(cohort: Cohort) -> Cohort:
-    """The cohort whose only node owns everybody's examples, in the order of nodes."""
+def _as_one_node(cohort: Cohort, sizes: jax.Array) -> Cohort:
+    """The cohort whose only node owns everybody's examples, present or not, always in the same places: in the order of nodes."""
     data = cohort.federation
-    real = (jnp.arange(data.capacity) < data.sizes[:, None]).reshape(-1)
-    rows = data.indices.reshape(-1)[jnp.argsort(~real, stable=True)]
+    indices = data.indices[jnp.argsort(cohort.client_ids)]
+    real = (jnp.arange(data.capacity) < sizes[:, None]).reshape(-1)
+    rows = indices.reshape(-1)[jnp.argsort(~real, stable=True)]
     return Cohort(
-        federation=data._replace(indices=rows[None], sizes=jnp.sum(data.sizes)[None]),
+        federation=data._replace(indices=rows[None], sizes=jnp.sum(sizes)[None]),
         client_ids=jnp.zeros(1, jnp.int32),
         present=jnp.ones(1, bool),
         budgets=jnp.full(1, NO_BUDGET, jnp.int32),

@@ -13,11 +13,11 @@ import numpy as np
 from fedjax_mtl.federation import Federation, Splits
 
 
-def _with_inputs(splits: Splits, inputs: Any) -> Splits:
+def _with(splits: Splits, name: str, values: Any) -> Splits:
     def change(federation: Federation | None) -> Federation | None:
         if federation is None:
             return None
-        return federation._replace(examples={**federation.examples, "inputs": jnp.asarray(inputs)})
+        return federation._replace(examples={**federation.examples, name: jnp.asarray(values)})
 
     return Splits(*map(change, splits))
 
@@ -35,28 +35,36 @@ def standardise(splits: Splits, *, per_client: bool = False) -> Splits:
     Args:
         per_client: by each client's own training statistics (held-out clients by theirs) instead of the pooled ones.
     """
-    inputs = np.array(splits.train.examples["inputs"])
+    stored = np.asarray(splits.train.examples["inputs"])
+    inputs = stored.astype(np.float64)
 
     def scaled(rows, statistics):
+        constant = statistics.max(axis=0) == statistics.min(axis=0)
         mean, std = statistics.mean(axis=0), statistics.std(axis=0)
-        constant = std < 1e-12 * np.maximum(np.abs(mean), 1)
         return (inputs[rows] - np.where(constant, 0, mean)) / np.where(constant, 1, std)
 
-    result = inputs.copy()
+    result = stored.copy()
     pairs = [(splits.train, splits.test), (splits.unseen_train, splits.unseen_test)]
     pooled = inputs[np.concatenate(_own_rows(splits.train))]
     for train, test in pairs:
         for own, held in zip(_own_rows(train), _own_rows(test), strict=True):
             rows = np.concatenate([own, held])
             result[rows] = scaled(rows, inputs[own] if per_client else pooled)
-    return _with_inputs(splits, result)
+    return _with(splits, "inputs", result)
+
+
+def centre_labels(splits: Splits) -> Splits:
+    """Real labels less the mean of all clients' training labels."""
+    labels = np.asarray(splits.train.examples["labels"])
+    mean = labels[np.concatenate(_own_rows(splits.train))].mean(dtype=np.float64)
+    return _with(splits, "labels", labels - mean.astype(labels.dtype))
 
 
 def append_intercept(splits: Splits, value: float = 1.0) -> Splits:
     """A last column of ``value``; a large one (MOCHA's second code: 10) leaves the intercept nearly unpenalised."""
     inputs = np.asarray(splits.train.examples["inputs"])
-    return _with_inputs(
-        splits, np.concatenate([inputs, np.full((len(inputs), 1), value, inputs.dtype)], axis=1)
+    return _with(
+        splits, "inputs", np.concatenate([inputs, np.full((len(inputs), 1), value, inputs.dtype)], axis=1)
     )
 
 
@@ -76,7 +84,7 @@ def random_fourier(splits: Splits, *, num_features: int, bandwidth: float, key: 
     weight_key, shift_key = jax.random.split(key)
     weights = jax.random.normal(weight_key, (inputs.shape[1], num_features), inputs.dtype) / bandwidth
     shift = jax.random.uniform(shift_key, (num_features,), inputs.dtype, 0, 2 * jnp.pi)
-    return _with_inputs(splits, jnp.sqrt(2 / num_features) * jnp.cos(inputs @ weights + shift))
+    return _with(splits, "inputs", jnp.sqrt(2 / num_features) * jnp.cos(inputs @ weights + shift))
 
 
 def encode(splits: Splits, encoder: Callable[[jax.Array], jax.Array], batch_size: int = 1024) -> Splits:
@@ -84,4 +92,4 @@ def encode(splits: Splits, encoder: Callable[[jax.Array], jax.Array], batch_size
     inputs = splits.train.examples["inputs"]
     run = jax.jit(encoder)
     parts = [run(inputs[start : start + batch_size]) for start in range(0, len(inputs), batch_size)]
-    return _with_inputs(splits, jnp.concatenate(parts))
+    return _with(splits, "inputs", jnp.concatenate(parts))

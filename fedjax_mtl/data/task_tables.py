@@ -119,7 +119,7 @@ def related_tasks(
     regression: bool = False,
     seed: int = 0,
 ) -> TaskTable:
-    """Linear tasks whose models lie in clusters: ``w_t = centre + spread * own``, unit directions scaled by ``sqrt(features)``.
+    """Linear tasks whose models lie in clusters: ``w_t = centre + spread * own``, both standard normal.
 
     Inputs are standard normal; labels the sign of the score after Gaussian noise of relative size ``noise`` (or the score itself). Sizes are log-uniform in ``[smallest, largest]``.
 

@@ -19,8 +19,12 @@ def load_base(params: PyTree, weights: PyTree) -> PyTree:
     """Parameters whose frozen weights are ``weights``, e.g. of a checkpoint; leading axes such as seeds are repeated.
 
     Raises:
-        ValueError: weights of another structure or shape, naming the first leaf that differs.
+        ValueError: parameters without a base, or weights of another structure or shape, naming the first leaf that differs.
     """
+    if not isinstance(params, dict) or "base" not in params:
+        raise ValueError(
+            "this algorithm's model has no frozen base; give base weights to one with adapters only"
+        )
     old, new = trees.leaves_by_path(params["base"]), trees.leaves_by_path(weights)
     odd = sorted(set(old) ^ set(new))
     if odd:

@@ -154,7 +154,7 @@ def attention_mixing(
     ``u_i = sum_j xi_ij w_j`` with :func:`attention_coefficients` of squared distances, over all leaves given (put it under :func:`only` to take parts apart).
 
     Args:
-        scale: alpha_K. bandwidth: sigma; or ``median``, of the pairwise distances of the round. At the published 1 and millions of parameters every weight underflows and nobody meets anybody.
+        scale: alpha_K. bandwidth: sigma; or ``median``, of the pairwise distances of the round, where ``scale`` is counted in bandwidths, so that neither has a unit. At the published 1 and millions of parameters every weight underflows and nobody meets anybody.
         per_parameter: divides distances by the number of parameters, for the same reason.
         clip: keeps a client's own weight from going negative, which happens for ``scale (clients - 1) > bandwidth`` and which the released codes let happen.
     """
@@ -165,12 +165,13 @@ def attention_mixing(
         distances = task_graphs.squared_distances(models.results)
         if per_parameter:
             distances /= sum(leaf[0].size for leaf in jax.tree.leaves(models.results))
-        width = bandwidth
+        width, factor = bandwidth, scale
         if bandwidth == "median":
             pairs = models.present[:, None] & models.present & ~jnp.eye(len(distances), dtype=bool)
             width = jnp.maximum(jnp.nanmedian(jnp.where(pairs, distances, jnp.nan)), 1e-30)
             width = jnp.where(jnp.isnan(width), 1.0, width)
-        return attention_coefficients(distances, models.present, scale, width, clip)
+            factor = scale * width
+        return attention_coefficients(distances, models.present, factor, width, clip)
 
     return mix_models(coefficients)
 

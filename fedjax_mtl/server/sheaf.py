@@ -62,7 +62,8 @@ def sheaf_mixing(
         flat = jax.eval_shape(trees.flat_clients, params)
         check_adjacency(adjacency, flat.shape[0])
         rank = max(1, int(compression * flat.shape[1]))
-        return SheafState(deviation * jax.random.normal(key, (len(edges), 2, rank, flat.shape[1])))
+        shape = (len(edges), 2, rank, flat.shape[1])
+        return SheafState(deviation * jax.random.normal(key, shape, flat.dtype))
 
     def update(updates, state, params=None, *, client_ids=None, present=None, **extra_args):
         del extra_args

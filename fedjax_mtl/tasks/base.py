@@ -32,7 +32,7 @@ class Task(NamedTuple):
         name: names the task in metrics and in ``decoders/<name>``.
         loss: ``(outputs [batch, ...], labels [batch, ...]) -> [batch]``, the negative log-likelihood of each example (up to
             a constant) wherever an algorithm weighs models by likelihood, as FedEM does.
-        metrics: named functions of the same form, whose mean over examples is reported, or :class:`PooledMetric`. Names with ``loss``, ``error`` or
+        metrics: named functions of the same form, whose mean over examples is reported, or :class:`PooledMetric`. Names with ``loss``, ``error``, ``perplexity`` or
             ``rmse`` are better when lower.
         mix: ``(outputs [models, batch, ...], weights [models]) -> [batch, ...]``, the outputs of the mixture of several
             models: predictions are mixed as distributions, never as logits or parameters.

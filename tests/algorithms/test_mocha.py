@@ -541,6 +541,86 @@ def test_slots_of_a_cohort_in_any_order():
     np.testing.assert_allclose(metrics["gap"], value.gap, atol=1e-12)
 
 
+RELATED = {
+    "mocha": (mocha, {}),
+    "cocoa": (cocoa, {"inexactness": 0.3}),
+    "cocoa_released": (cocoa, {"inexactness": 0.3, "fidelity": "released"}),
+    "minibatch_sdca": (minibatch_sdca, {"scaling": 40.0}),
+    "minibatch_sgd": (minibatch_sgd, {}),
+    "minibatch_sgd_released": (minibatch_sgd, {"fidelity": "released"}),
+    "global_model": (global_model, {}),
+}
+
+
+def related_method(name, federation):
+    factory, changes = RELATED[name]
+    if factory is not global_model:
+        changes = {**changes, "relationship": relationships.mean_regularised(0.1, 1.0, 0.1)}
+    return factory(dual.hinge(), **baseline_settings(federation), **changes)
+
+
+@pytest.mark.parametrize("name", sorted(set(RELATED) - {"cocoa_released"}))
+def test_cohorts_in_any_order_and_absence(name):
+    """The order of slots has no influence; an absent node is as if it had no budget, and its examples have none."""
+    inputs, labels = related_tasks(seed=6)
+    federation = federate(inputs, labels)
+    algorithm = related_method(name, federation)
+    one_round = jax.jit(algorithm.round)
+    present = jnp.array([True, False, True, True, False, True])
+
+    def three_rounds(ids):
+        state = algorithm.init(jax.random.key(0))
+        for index in range(3):
+            there = present if index == 1 else jnp.ones(6, bool)
+            cohort = sampling.make_cohort(federation, ids, there[ids])
+            state, metrics = one_round(state, cohort, jax.random.key(index))
+        return state, metrics
+
+    straight, _ = three_rounds(jnp.arange(6))
+    mixed, metrics = three_rounds(jnp.array([4, 0, 5, 2, 1, 3]))
+    np.testing.assert_allclose(straight.clients.weights, mixed.clients.weights, atol=1e-12)
+    if name == "global_model":
+        assert metrics["gap"] >= -1e-10
+    elif "sgd" not in name:
+        state = algorithm.init(jax.random.key(0))
+        state, _ = one_round(state, cohort_with(federation, present=present), jax.random.key(1))
+        np.testing.assert_array_equal(state.clients.alpha[~present], 0)
+
+
+def test_few_steps_keep_minibatch_duals_in_their_domain():
+    inputs, labels = related_tasks(seed=6)
+    federation = federate(inputs, labels)
+    algorithm = related_method("minibatch_sdca", federation)
+    state, metrics = algorithm.init(jax.random.key(0)), None
+    for index in range(5):
+        cohort = cohort_with(federation, jnp.ones(6), jnp.arange(6) < 2)
+        state, metrics = algorithm.round(state, cohort, jax.random.key(index))
+    product = np.asarray(state.clients.alpha) * padded_labels(federation)
+    assert product.min() >= 0 and product.max() <= 1
+    assert metrics["gap"] >= 0
+
+
+def test_clusters_of_nothing():
+    for dtype in (jnp.float32, jnp.float64):
+        relation = relationships.clustered(2)
+        covariance = relation.update(jnp.zeros((4, 3), dtype), relation.init(4, dtype))
+        np.testing.assert_allclose(covariance, 0.5 * np.eye(4))
+
+
+def test_penalties_are_mapped():
+    inputs, labels = related_tasks(seed=6)
+    federation = federate(inputs, labels)
+
+    def build(penalty):
+        relation = relationships.mean_regularised(penalty, 1.0, 0.1)
+        return make(federation, "hinge", relation, penalty=penalty, order="cyclic")
+
+    penalties = jnp.array([0.05, 0.5])
+    both = simulate(build, federation, num_rounds=5, hyperparameters={"penalty": penalties})
+    alone = simulate(build(0.5), federation, num_rounds=5)
+    np.testing.assert_allclose(both.metrics["gap"][1], alone.metrics["gap"], rtol=1e-9)
+
+
 def test_alternation_never_raises_the_joint_objective():
     """Exact W steps and the Sigma step take turns; the joint objective is ``P`` with ``Sigma`` of trace one."""
     inputs, labels = related_tasks(seed=9, low=10, high=20)

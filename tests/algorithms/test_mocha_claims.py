@@ -58,7 +58,7 @@ def runner(factory, rounds):
 
             return jax.lax.fori_loop(0, rounds, one_round, algorithm.init(key)).clients.weights
 
-        return jax.vmap(one)(jnp.array(PENALTIES, jnp.float64))
+        return jax.lax.map(one, jnp.array(PENALTIES, jnp.float64))
 
     return run
 
@@ -152,7 +152,7 @@ def test_landmine():
         "mtl": runner(learned("released"), 1000),
         "mtl, W recomputed": runner(learned(), 1000),
         "local": runner(local_models, 200),
-        "global": runner(global_model, 50),
+        "global": runner(global_model, 20),
     }
     results = test_error_of(table, methods, 10)
     print(describe(results))
