@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/mira_instructions.py --workdir=runs/instructions --grid=algorithm.name=mira,fedit,local_adapters,fedptuning
 
 Families: copy, reverse, upper case, add two digits, count letters, sort letters, first or last word, remove vowels. The base model (width 64, two blocks) is trained on questions with answers that belong to others, then
-frozen. At the end every client's model answers its test prompts (``answers.jsonl``, ROUGE-L). {RESULT}
+frozen. At the end every client's model answers its test prompts (``answers.jsonl``, ROUGE-L). One seed, after 60 rounds: token accuracy 46.8 % (MIRA), 45.6 % (local), 46.0 % (FedIT), ROUGE-L 14 (an answer is one word: right or wrong). Three to five minutes a method on one CPU core.
 ``quick`` is a smoke test.
 """
 

@@ -138,7 +138,7 @@ BAD = {
     ),
     "data set": (
         {"data.name": "mnist"},
-        "unknown config.data.name 'mnist'; expected one of conflicting_tasks, digits",
+        "unknown config.data.name 'mnist'; expected one of chains, conflicting_tasks, digits",
     ),
     "model": ({"model.name": "resnet"}, "unknown config.model.name 'resnet'"),
     "partition": (
