@@ -9,7 +9,15 @@ if not os.environ.get("FEDJAX_MTL_OPTIMISE"):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Drops a module's programs when it is done: thousands of them in one process exhaust the memory maps that a process may have."""
+    yield
+    jax.clear_caches()
