@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/mocha_landmine.py --workdir=runs/landmine --grid=algorithm.name=mocha,local_models,global_model
 
 with ``--config.data.path=LandmineData.mat`` (not distributed here; a .npz with X, y and task_sizes works too). No intercept and no standardisation, as the released code: 6 % of the examples are mines, and a constant
-would make 6 % errors; ``--config.data.preparation.intercept=1`` appends one. {RESULT}
+would make 6 % errors; ``--config.data.preparation.intercept=1`` appends one. Error 22 % with a learned relation, level with one model a task (20 to 22 %, by how long it trains); see the README.
 ``quick`` makes few rounds.
 """
 
