@@ -214,8 +214,8 @@ def dual_algorithms(
         "cocoa": {**learning, "inexactness": 0.5, "max_passes": 50},
         "minibatch_sdca": {**shared, "passes": 1.0, "scaling": 10.0},
         "minibatch_sgd": {**shared, "passes": 1.0, "scaling": 0.1},
-        "local_models": {"penalty": penalty, "passes": 1.0},
-        "global_model": {"penalty": penalty, "passes": 1.0},
+        "local_models": {"penalty": penalty, "passes": 1.0, "fidelity": "paper"},
+        "global_model": {"penalty": penalty, "passes": 1.0, "fidelity": "paper"},
     }
 
 
@@ -225,6 +225,7 @@ def preparation(loss: str, *, seed: int, **changes: Any) -> dict[str, Any]:
         "loss": loss,
         "train_share": 0.75,
         "skewed": False,
+        "keep_order": False,  # of the table, in each part, as MOCHA's released code
         "standardise": "no",  # pooled or per_task
         "intercept": 0.0,  # the value of an appended column; 0: none
         "fourier_features": 0,  # random features of a Gaussian kernel; 0: the inputs as they are

@@ -371,6 +371,7 @@ def _linear_problem(
     loss: str,
     train_share: float,
     skewed: bool,
+    keep_order: bool,
     standardise: str,
     intercept: float,
     fourier_features: int,
@@ -386,7 +387,9 @@ def _linear_problem(
     if one_class not in ("refuse", "keep"):
         raise ValueError(f"unknown config.data.one_class {one_class!r}; expected refuse or keep")
     chosen = _DUAL_LOSSES[loss]()
-    splits = task_tables.split_tasks(table, train_share=train_share, seed=seed, skewed=skewed)
+    splits = task_tables.split_tasks(
+        table, train_share=train_share, seed=seed, skewed=skewed, keep_order=keep_order
+    )
     if chosen.labels == "real":
         splits = features.centre_labels(splits)
     if one_class == "refuse":

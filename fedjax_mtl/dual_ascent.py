@@ -133,16 +133,54 @@ def ascend_until(
     loss: DualLoss, problem: Subproblem, order: jax.Array, inexactness: float, max_passes: int
 ) -> Change:
     """Passes over the node's data until :func:`inexactness_bound` is at most ``inexactness``, or ``max_passes``; CoCoA's common theta."""
+
+    def measure(change):
+        return inexactness_bound(loss, problem, change.alpha)
+
+    def far(bound, before):
+        del before
+        return bound > inexactness
+
+    return _passes_while(far, measure, loss, problem, order, max_passes)
+
+
+def ascend_until_still(
+    loss: DualLoss, problem: Subproblem, order: jax.Array, tolerance: float, max_passes: int
+) -> Change:
+    """Passes over the node's data until its :func:`own_primal` changes by less than ``tolerance`` from one pass to the next, or ``max_passes``.
+
+    The stopping test of MOCHA's released code for its local and global models. The primal need not fall from pass to pass, so a node may stop far from its optimum.
+    """
+
+    def measure(change):
+        return own_primal(loss, problem, change.combined)
+
+    def moving(primal, before):
+        return jnp.abs(primal - before) >= tolerance
+
+    return _passes_while(moving, measure, loss, problem, order, max_passes)
+
+
+def own_primal(loss: DualLoss, problem: Subproblem, combined: jax.Array) -> jax.Array:
+    """``mean_i loss(x_i . z) + ||z||^2 / (2 curvature)``, ``[]``, at the node's model after its own work, ``z = w + curvature u(d)``: the primal of a task that is alone."""
+    z = problem.weights + problem.curvature * combined
+    losses = problem.mean(loss.loss(problem.inputs @ z, problem.labels))
+    return losses + jnp.sum(jnp.square(z)) / (2 * problem.curvature)
+
+
+def _passes_while(unfinished, measure, loss, problem, order, max_passes) -> Change:
+    """Whole passes while ``unfinished(measure(change), measure(change one pass before))``; at the start the latter is infinite."""
     capacity = problem.alpha.shape[0]
 
-    def unfinished(carry):
-        passes, change = carry
-        bound = inexactness_bound(loss, problem, change.alpha)
-        return (passes < max_passes) & (bound > inexactness) & (problem.size > 0)
+    def more(carry):
+        passes, _, value, before = carry
+        return (passes < max_passes) & unfinished(value, before) & (problem.size > 0)
 
     def one_pass(carry):
-        passes, change = carry
+        passes, change, value, _ = carry
         change = coordinate_ascent(loss, problem, order, problem.size, capacity, start=change)
-        return passes + 1, change
+        return passes + 1, change, measure(change), value
 
-    return jax.lax.while_loop(unfinished, one_pass, (jnp.zeros((), jnp.int32), no_change(problem)))[1]
+    start = no_change(problem)
+    never = jnp.asarray(jnp.inf, problem.weights.dtype)
+    return jax.lax.while_loop(more, one_pass, (jnp.zeros((), jnp.int32), start, measure(start), never))[1]

@@ -126,8 +126,8 @@ def _minibatch(factory: Callable[..., Algorithm], default_scaling: float) -> Cal
 
 
 def _alone(factory: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
-    def make(parts: Parts, *, penalty: float, passes: float = 1.0) -> Algorithm:
-        return factory(**_settings(parts, penalty), passes=passes)
+    def make(parts: Parts, *, penalty: float, passes: float = 1.0, fidelity: str = "paper") -> Algorithm:
+        return factory(**_settings(parts, penalty), passes=passes, fidelity=fidelity)
 
     return make
 

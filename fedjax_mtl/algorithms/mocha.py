@@ -21,6 +21,7 @@ from fedjax_mtl.dual_ascent import (
     Change,
     Subproblem,
     ascend_until,
+    ascend_until_still,
     coordinate_ascent,
     inexactness_bound,
     no_change,
@@ -157,6 +158,7 @@ def mocha(
     passes: float = 1.0,
     max_steps: int | None = None,
     inexactness: float | None = None,
+    tolerance: float | None = None,
     aggregation: float = 1.0,
     sigma_prime: str | float = "row_sum",
     order: str | Order = "random",
@@ -182,6 +184,8 @@ def mocha(
         relationship_every: rounds between updates of Sigma; None never (the paper's "W update").
         passes: local work, in passes over the node's data. max_steps: the most coordinate steps of any node; default that of ``passes`` over the largest.
         inexactness: instead, pass after pass until theta is certainly at most this, the same for all nodes: CoCoA; ``passes`` bounds it (rounded up) and budgets do not apply.
+        tolerance: instead, pass after pass until the node's own primal changes by less than this from pass to pass: how the released code trains tasks that are alone; ``passes`` and
+            budgets as for ``inexactness``.
         aggregation: gamma, the share of the nodes' changes that is applied.
         sigma_prime: ``row_sum`` (the paper's and the code's) or ``eigenvalue`` (tightest) bound, both times gamma; or a number, which may be too small to converge.
         order: ``random``, ``cyclic``, or ``(key, round, size, capacity) -> int32 [capacity]``.
@@ -201,7 +205,9 @@ def mocha(
     num_tasks = len(sizes)
     if fidelity not in ("paper", "released"):
         raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
-    _check_settings(passes, inexactness, aggregation, sigma_prime, relationship, relationship_every, dtype)
+    _check_settings(
+        passes, inexactness, tolerance, aggregation, sigma_prime, relationship, relationship_every, dtype
+    )
     draw_order = ORDERS[order] if isinstance(order, str) else order
     max_steps = int(np.floor(capacity * passes)) if max_steps is None else max_steps
     recomputed = fidelity == "paper"
@@ -209,6 +215,8 @@ def mocha(
     def solve(problem, budget, order):
         if inexactness is not None:
             return ascend_until(loss, problem, order, inexactness, int(np.ceil(passes)))
+        if tolerance is not None:
+            return ascend_until_still(loss, problem, order, tolerance, int(np.ceil(passes)))
         planned = jnp.floor(problem.size * passes).astype(jnp.int32)
         num_steps = jnp.minimum(jnp.minimum(planned, budget), max_steps)
         return coordinate_ascent(loss, problem, order, num_steps, max_steps)
@@ -265,12 +273,18 @@ def traffic_of_models(state: PyTree) -> tuple[int, int]:
     return one, one
 
 
-def _check_settings(passes, inexactness, aggregation, sigma_prime, relationship, every, dtype) -> None:
+def _check_settings(
+    passes, inexactness, tolerance, aggregation, sigma_prime, relationship, every, dtype
+) -> None:
     if passes <= 0:
         raise ValueError(f"passes is {passes}; give a positive number of passes over a node's data")
     if inexactness is not None and not 0 <= inexactness < 1:
         raise ValueError(
             f"inexactness is {inexactness}; theta is at least 0 and below 1, or nobody would work"
+        )
+    if tolerance is not None and (tolerance <= 0 or inexactness is not None):
+        raise ValueError(
+            f"tolerance is {tolerance} and inexactness {inexactness}; give one of them, the tolerance positive"
         )
     if not 0 < aggregation <= 1:
         raise ValueError(f"aggregation is {aggregation}; gamma lies above 0 and at most at 1")

@@ -293,9 +293,31 @@ class PooledState(NamedTuple):
     pool: MochaState
 
 
-def local_models(loss: DualLoss, **settings: Any) -> Algorithm:
-    """One model a task, alone: ``mean loss + penalty / 2 ||w||^2``. Settings as for MOCHA, without the relationship."""
-    return mocha(loss, relationship=relationships.independent(1.0), **settings)
+# How MOCHA's released code trains the models that it compares with.
+_RELEASED_TRAINING = {"order": "cyclic", "tolerance": 1e-5, "passes": 500}
+
+
+def _training(fidelity: str, passes: float, order: str | Order) -> dict[str, Any]:
+    if fidelity not in ("paper", "released"):
+        raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
+    return {"passes": passes, "order": order} if fidelity == "paper" else _RELEASED_TRAINING
+
+
+def local_models(
+    loss: DualLoss,
+    *,
+    passes: float = 1.0,
+    order: str | Order = "random",
+    fidelity: str = "paper",
+    **settings: Any,
+) -> Algorithm:
+    """One model a task, alone: ``mean loss + penalty / 2 ||w||^2``. Settings as for MOCHA, without the relationship.
+
+    ``fidelity="released"``: one round is the whole training, passes in the order of storage until a task's primal changes by less than 1e-5 from one to the next, at most 500. The
+    primal is not monotone, so a task may stop early: its test errors are those of the code, not of the optimum. ``passes`` and ``order`` do not apply.
+    """
+    alone = relationships.independent(1.0)
+    return mocha(loss, relationship=alone, **_training(fidelity, passes, order), **settings)
 
 
 def global_model(
@@ -307,11 +329,12 @@ def global_model(
     penalty: float | jax.Array,
     passes: float = 1.0,
     order: str | Order = "random",
+    fidelity: str = "paper",
     dtype: Any = jnp.float32,
 ) -> Algorithm:
     """One model for all: ``mean loss + penalty / 2 ||w||^2`` over the pooled examples, as if they lay in one place; every node predicts with it.
 
-    A round is ``passes`` passes of coordinate ascent over the pool, in an order of its own. It is centralised training, not a federated method: it needs a cohort with a slot for every
+    ``fidelity="released"``: one round is the whole training, as in :func:`local_models`. A round is else ``passes`` passes of coordinate ascent over the pool, in an order of its own. It is centralised training, not a federated method: it needs a cohort with a slot for every
     node, and whether they are absent or slow does not matter to it.
     """
     num_tasks = len(sizes)
@@ -322,9 +345,8 @@ def global_model(
         features=features,
         penalty=penalty,
         relationship=relationships.independent(1.0),
-        passes=passes,
-        order=order,
         dtype=dtype,
+        **_training(fidelity, passes, order),
     )
 
     def init(key):
@@ -356,7 +378,7 @@ def _as_one_node(cohort: Cohort, sizes: jax.Array) -> Cohort:
     real = (jnp.arange(data.capacity) < sizes[:, None]).reshape(-1)
     rows = indices.reshape(-1)[jnp.argsort(~real, stable=True)]
     return Cohort(
-        federation=data._replace(indices=rows[None], sizes=jnp.sum(sizes)[None]),
+        federation=data._replace(indices=rows[None], sizes=jnp.sum(sizes, keepdims=True, dtype=jnp.int32)),
         client_ids=jnp.zeros(1, jnp.int32),
         present=jnp.ones(1, bool),
         budgets=jnp.full(1, NO_BUDGET, jnp.int32),

@@ -146,12 +146,19 @@ def related_tasks(
 
 
 def split_tasks(
-    table: TaskTable, *, train_share: float = 0.75, seed: int = 0, skewed: bool = False
+    table: TaskTable,
+    *,
+    train_share: float = 0.75,
+    seed: int = 0,
+    skewed: bool = False,
+    keep_order: bool = False,
 ) -> Splits:
     """Shuffles every task and cuts it: ``ceil(train_share n) - 1`` training examples (at least 1), as MOCHA's released code.
 
     Args:
         skewed: cuts a random half of the tasks down to 1..20 % of their training examples (at least 3): a re-creation of the paper's skewed data, whose exact sizes are not known.
+        keep_order: leaves the examples of each part in the table's order, as the released code does. It matters to cyclic passes where neighbours in the table
+            resemble each other, as in Landmine.
 
     Raises:
         ValueError: a share outside (0, 1), or a task of fewer than two examples.
@@ -165,10 +172,13 @@ def split_tasks(
             raise ValueError(
                 f"task {task} has {len(own)} example; it needs one to learn from and one to test"
             )
-        shuffled = rng.permutation(own)
+        shuffled = rng.permutation(len(own))
         cut = max(1, int(np.ceil(train_share * len(own))) - 1)
-        train.append(shuffled[:cut])
-        test.append(shuffled[cut:])
+        parts = (shuffled[:cut], shuffled[cut:])
+        if keep_order:
+            parts = tuple(np.sort(part) for part in parts)
+        train.append(own[parts[0]])
+        test.append(own[parts[1]])
     if skewed:
         for task in rng.permutation(len(train))[: len(train) // 2]:
             keep = max(3, int(rng.uniform(0.01, 0.2) * len(train[task])))

@@ -762,6 +762,55 @@ def test_global_model_is_the_pooled_problem_and_local_models_are_alone():
         np.testing.assert_allclose(weights, ridge, atol=1e-9)
 
 
+def trained_as_released(inputs, labels, penalty):
+    """One SVM by the released code's rule, in numpy: cyclic passes until the primal changes by less than 1e-5, at most 500."""
+    twin, before = Twin("hinge", [inputs], [labels], np.eye(1), penalty), np.inf
+    for _ in range(500):
+        twin.round([len(labels)])
+        primal = twin.objective()[0]
+        if abs(primal - before) < 1e-5:
+            break
+        before = primal
+    return twin.weights[0]
+
+
+@pytest.mark.parametrize("penalty", [0.003, 0.3])
+def test_released_local_and_global_models_stop_where_the_code_does(penalty):
+    inputs, labels = related_tasks(seed=17)
+    federation = federate(inputs, labels, 14)
+    settings_ = {**baseline_settings(federation), "penalty": penalty, "fidelity": "released"}
+    alone = simulate(local_models(dual.hinge(), **settings_), federation, num_rounds=1)
+    expected = [trained_as_released(x, y, penalty) for x, y in zip(inputs, labels, strict=True)]
+    np.testing.assert_allclose(alone.state.clients.weights[0], expected, rtol=1e-9, atol=1e-12)
+    pooled = simulate(global_model(dual.hinge(), **settings_), federation, num_rounds=1)
+    expected = trained_as_released(np.concatenate(inputs), np.concatenate(labels), penalty)
+    np.testing.assert_allclose(pooled.state.clients.weights[0], np.tile(expected, (6, 1)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("row", CURVES["error_table_fixed_split"]["rows"], ids=lambda row: f"{row['lam']:g}")
+def test_official_errors_of_local_and_global_models(row):
+    train, test = every_fourth_is_test(reference_data("mocha_small"))
+    for name, factory in (("local", local_models), ("global", global_model)):
+        algorithm = factory(
+            dual.hinge(), **{**small_settings(train), "penalty": row["lam"], "fidelity": "released"}
+        )
+        state = simulate(algorithm, train, num_rounds=1).state
+        for part, federation in (("train", train), ("test", test)):
+            np.testing.assert_allclose(
+                mean_error(state.clients.weights[0], federation), row[f"{name}_{part}"], atol=1e-9
+            )
+
+
+def mean_error(weights, federation):
+    """Mean over tasks; a score of 0 is wrong."""
+    inputs, labels = (np.asarray(federation.examples[name]) for name in ("inputs", "labels"))
+    errors = [
+        np.mean(np.sign(inputs[rows[:size]] @ own) != labels[rows[:size]])
+        for rows, size, own in zip(federation.indices, federation.sizes, weights, strict=True)
+    ]
+    return np.mean(errors)
+
+
 # --- A task that arrives later.
 
 

@@ -93,6 +93,16 @@ def test_splits_are_the_released_codes():
     assert not np.array_equal(splits.train.indices, other.train.indices)
 
 
+def test_splits_in_the_order_of_the_table():
+    table = related_tasks(num_tasks=5, features=4, smallest=10, largest=30)
+    shuffled, ordered = split_tasks(table, seed=3), split_tasks(table, seed=3, keep_order=True)
+    for part, sorted_part in zip(shuffled[:2], ordered[:2], strict=True):
+        for task, size in enumerate(part.sizes):
+            rows = np.asarray(part.indices[task, :size])
+            assert not np.array_equal(rows, np.sort(rows))
+            np.testing.assert_array_equal(sorted_part.indices[task, :size], np.sort(rows))
+
+
 def test_skewed_tasks_keep_both_classes():
     table = related_tasks(num_tasks=10, features=4, smallest=60, largest=90, seed=1)
     plain, skewed = split_tasks(table, seed=0), split_tasks(table, seed=0, skewed=True)

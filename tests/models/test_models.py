@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_trees_close
 
 from fedjax_mtl import models
-from fedjax_mtl.models.convolution import PatchConv, max_pool
+from fedjax_mtl.models.convolution import PatchConv, max_pool, minimal_filtering
 from fedjax_mtl.models.dense import small_batch_product
 
 KEY = jax.random.key(0)
@@ -40,6 +40,46 @@ def test_patch_convolution_with_weights_of_its_own_for_every_client():
     params = jax.vmap(lambda k, x: theirs.init(k, x))(jax.random.split(KEY, 3), x)
     per_client = [theirs.apply(jax.tree.map(lambda p, c=c: p[c], params), x[c]) for c in range(3)]
     np.testing.assert_allclose(jax.vmap(ours.apply)(params, x), jnp.stack(per_client), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (9, 8), (11, 7)])
+def test_minimal_filtering_is_the_convolution(shape):
+    """Exactly, in double precision, for heights of every remainder; and its gradients."""
+    with jax.enable_x64(True):
+        x = jax.random.normal(KEY, (2, *shape, 5), jnp.float64)
+        kernel = jax.random.normal(KEY, (3, 3, 5, 4), jnp.float64)
+
+        def direct(x, kernel):
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        def value(convolve):
+            return jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(convolve(*args))), argnums=(0, 1))(
+                x, kernel
+            )
+
+        np.testing.assert_allclose(minimal_filtering(x, kernel), direct(x, kernel), rtol=1e-11, atol=1e-12)
+        assert_trees_close(value(minimal_filtering), value(direct), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("channels", "products"), [(15, 1), (16, 6)])
+def test_wide_convolutions_filter_minimally(channels, products, padding):
+    """On CPUs; equal to flax's in single precision, with weights of its own for every client, too."""
+    x = jax.random.normal(KEY, (3, 2, 7, 6, channels))
+    ours, theirs = PatchConv(4, (3, 3), padding=padding), nn.Conv(4, (3, 3), padding=padding)
+    params = jax.vmap(theirs.init)(jax.random.split(KEY, 3), x)
+
+    def value(module):
+        return jax.vmap(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x)))))(params, x)
+
+    assert_trees_close(value(ours), value(theirs), rtol=1e-4, atol=2e-5)
+    if jax.default_backend() == "cpu":
+        assert (
+            str(jax.make_jaxpr(ours.apply)(jax.tree.map(lambda p: p[0], params), x[0])).count("dot_general")
+            == products
+        )
 
 
 @pytest.mark.parametrize("mode", ["jvp", "vjp", "hessian"])
