@@ -1,5 +1,6 @@
 """The claims of FedGradNorm and FedDEA on their small problems, over five draws of the data."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,6 +17,7 @@ from fedjax_mtl import (
     local_trainer,
     make_execution,
     models,
+    sampling,
     server,
     simulate,
     tasks,
@@ -82,10 +84,15 @@ def test_fedgradnorm_changes_little_on_equal_tasks():
     assert abs(equal - dynamic) < 0.03
 
 
-def scores(splits, chain=None, personal=trees.nothing, proximal_strength=0.0):
-    """Test RMSE of the regressions and accuracy of the classifications at round 20 (local: 30), one a task."""
+KINDS = {"regression": tasks.mean_squared_error(), "classification": tasks.classification()}
+
+
+def scores(before=(), *, personal=trees.nothing, proximal_strength=0.0, num_rounds=20):
+    """``(splits, server steps [steps]) -> [steps, tasks]``: test RMSE of the regressions and accuracy of the classifications; compiled once for all draws of the data.
+
+    The server is ``before``, the average and a step.
+    """
     model = models.many_heads(32, 6, 8, (64, 48))
-    kinds = {"regression": tasks.mean_squared_error(), "classification": tasks.classification()}
     groups = {
         name: Group(
             model.init,
@@ -99,45 +106,67 @@ def scores(splits, chain=None, personal=trees.nothing, proximal_strength=0.0):
             ),
             4,
         )
-        for name, task in kinds.items()
+        for name, task in KINDS.items()
     }
-    algorithm = heterogeneous(
-        groups, chain or server.step_from(optax.sgd(1.0)), weighting="uniform", execution=VMAP
-    )
-    judge = evaluate_population(algorithm, kinds, VMAP, 500)
-    run = simulate(
-        algorithm,
-        splits.train,
-        num_rounds=20 if personal is trees.nothing else 30,
-        evaluate=lambda _, state, test, key: judge(state, test),
-        evaluation_data=splits.test,
-    )
-    last = run.evaluations[-1]
-    return np.concatenate([last["regression"]["rmse"][0], last["classification"]["accuracy"][0]])
+
+    def run(train, test, server_step):
+        chain = optax.chain(*before, server.step_from(optax.sgd(server_step)))
+        algorithm = heterogeneous(groups, chain, weighting="uniform", execution=VMAP)
+        everybody = sampling.by_group(sampling.full_participation())
+
+        def one_round(index, state):
+            cohort_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), index))
+            return algorithm.round(state, everybody(cohort_key, index, train), key)[0]
+
+        state = jax.lax.fori_loop(0, num_rounds, one_round, algorithm.init(jax.random.key(0)))
+        judged = evaluate_population(algorithm, KINDS, VMAP, 500)(state, test)
+        return jnp.concatenate([judged["regression"]["rmse"], judged["classification"]["accuracy"]])
+
+    mapped = jax.jit(jax.vmap(run, (None, None, 0)))
+    return lambda splits, *steps: np.asarray(mapped(splits.train, splits.test, jnp.array(steps, float)))
 
 
-def decoupled(step=1.0, **settings):
-    return optax.chain(server.decouple_updates(0.2, **settings), server.step_from(optax.sgd(step)))
+def improvements(method, reference):
+    """Delta_m in percent over the reference ``[tasks]``, one for each row of ``method``."""
+    direction = [True] * 4 + [False] * 4
+    return np.array([tasks.average_improvement(row, reference, direction)[0] for row in method])
 
 
 def test_feddea_improves_its_hosts_on_every_draw():
-    """The reconstruction: Delta_m at round 20 over local training, FedDEA against FedAvg, FedProx, and FedAvg with a larger step; the mask alone does not help."""
-    direction = [True] * 4 + [False] * 4
-    gains, hosted, stepped, masked = [], [], [], []
+    """The reconstruction: Delta_m at round 20 over local training of 30 rounds, FedDEA against FedAvg, FedProx, and FedAvg with a larger step; the mask alone does not help."""
+    decouple = server.decouple_updates(0.2)
+    methods = {
+        "fedavg": scores(),
+        "feddea": scores([decouple]),
+        "mask": scores([server.decouple_updates(0.2, rescale="none")]),
+        "fedprox": scores(proximal_strength=0.05),
+        "fedprox_feddea": scores([decouple], proximal_strength=0.05),
+    }
+    local = scores(personal=trees.everything, num_rounds=30)
+    found = {name: [] for name in methods}
     for seed in SEEDS:
         splits = data.conflicting_tasks(seed=seed)
-        local = scores(splits, personal=trees.everything)
+        (reference,) = local(splits, 1.0)
+        for name, method in methods.items():
+            found[name].append(improvements(method(splits, 1.0, 1.5), reference))
+    found = {name: np.array(values) for name, values in found.items()}  # [draws, steps]
+    gains = found["feddea"] - found["fedavg"]
+    assert gains[:, 0].mean() >= 1.5 and gains.min() > 0, found
+    assert (found["fedprox_feddea"] - found["fedprox"])[:, 0].min() > 0, found
+    assert (found["mask"] - found["fedavg"])[:, 0].mean() <= 0, found
 
-        def improvement(chain, local=local, splits=splits, **settings):
-            return tasks.average_improvement(scores(splits, chain, **settings), local, direction)[0]
 
-        plain = improvement(None)
-        gains.append(improvement(decoupled()) - plain)
-        masked.append(improvement(decoupled(rescale="none")) - plain)
-        pulled = improvement(None, proximal_strength=0.05)
-        hosted.append(improvement(decoupled(), proximal_strength=0.05) - pulled)
-        stepped.append(improvement(decoupled(1.5)) - improvement(server.step_from(optax.sgd(1.5))))
-    assert np.mean(gains) >= 1.5 and np.min(gains) > 0
-    assert np.mean(hosted) > 0 and np.mean(stepped) > 0
-    assert np.mean(masked) <= 0
-    assert jnp.isfinite(jnp.array(gains)).all()
+def test_feddea_improves_fedavg_with_its_best_step():
+    """Selection in every layer, a server step of 3 (chosen on draws 10 to 12), against the best of FedAvg's steps on the draws judged here: 0.9 points, with a standard error of 0.2."""
+    plain, decoupled = scores(), scores([server.decouple_updates(0.3, scope="layer")])
+    local = scores(personal=trees.everything, num_rounds=30)
+    hosts, ours = [], []
+    for seed in range(20, 45):
+        splits = data.conflicting_tasks(seed=seed)
+        (reference,) = local(splits, 1.0)
+        hosts.append(improvements(plain(splits, 3.0, 3.5, 4.0, 4.5, 5.0), reference))
+        ours.append(improvements(decoupled(splits, 3.0), reference)[0])
+    hosts = np.array(hosts)
+    gains = np.array(ours) - hosts[:, hosts.mean(axis=0).argmax()]
+    print(np.mean(ours), hosts.mean(axis=0), gains.mean(), gains.std(ddof=1) / 5)
+    assert gains.mean() > 2 * gains.std(ddof=1) / len(gains) ** 0.5
