@@ -88,7 +88,7 @@ KINDS = {"regression": tasks.mean_squared_error(), "classification": tasks.class
 
 
 def scores(before=(), *, personal=trees.nothing, proximal_strength=0.0, num_rounds=20):
-    """``(splits, server steps [steps]) -> [steps, tasks]``: test RMSE of the regressions and accuracy of the classifications; compiled once for all draws of the data.
+    """``(splits, seed, *server steps) -> [steps, tasks]``: test RMSE of the regressions and accuracy of the classifications; compiled once for all draws of the data.
 
     The server is ``before``, the average and a step.
     """
@@ -109,21 +109,26 @@ def scores(before=(), *, personal=trees.nothing, proximal_strength=0.0, num_roun
         for name, task in KINDS.items()
     }
 
-    def run(train, test, server_step):
+    def run(train, test, seed, server_step):
         chain = optax.chain(*before, server.step_from(optax.sgd(server_step)))
         algorithm = heterogeneous(groups, chain, weighting="uniform", execution=VMAP)
+        init_key, rounds_key = jax.random.split(jax.random.key(seed))
         everybody = sampling.by_group(sampling.full_participation())
 
         def one_round(index, state):
-            cohort_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), index))
+            cohort_key, key = jax.random.split(jax.random.fold_in(rounds_key, index))
             return algorithm.round(state, everybody(cohort_key, index, train), key)[0]
 
-        state = jax.lax.fori_loop(0, num_rounds, one_round, algorithm.init(jax.random.key(0)))
+        state = jax.lax.fori_loop(0, num_rounds, one_round, algorithm.init(init_key))
         judged = evaluate_population(algorithm, KINDS, VMAP, 500)(state, test)
         return jnp.concatenate([judged["regression"]["rmse"], judged["classification"]["accuracy"]])
 
-    mapped = jax.jit(jax.vmap(run, (None, None, 0)))
-    return lambda splits, *steps: np.asarray(mapped(splits.train, splits.test, jnp.array(steps, float)))
+    mapped = jax.jit(jax.vmap(run, (None, None, None, 0)))
+
+    def of_draw(splits, seed, *steps):
+        return np.asarray(mapped(splits.train, splits.test, seed, jnp.array(steps, float)))
+
+    return of_draw
 
 
 def improvements(method, reference):
@@ -146,9 +151,9 @@ def test_feddea_improves_its_hosts_on_every_draw():
     found = {name: [] for name in methods}
     for seed in SEEDS:
         splits = data.conflicting_tasks(seed=seed)
-        (reference,) = local(splits, 1.0)
+        (reference,) = local(splits, seed, 1.0)
         for name, method in methods.items():
-            found[name].append(improvements(method(splits, 1.0, 1.5), reference))
+            found[name].append(improvements(method(splits, seed, 1.0, 1.5), reference))
     found = {name: np.array(values) for name, values in found.items()}  # [draws, steps]
     gains = found["feddea"] - found["fedavg"]
     assert gains[:, 0].mean() >= 1.5 and gains.min() > 0, found
@@ -163,9 +168,9 @@ def test_feddea_improves_fedavg_with_its_best_step():
     hosts, ours = [], []
     for seed in range(20, 45):
         splits = data.conflicting_tasks(seed=seed)
-        (reference,) = local(splits, 1.0)
-        hosts.append(improvements(plain(splits, 3.0, 3.5, 4.0, 4.5, 5.0), reference))
-        ours.append(improvements(decoupled(splits, 3.0), reference)[0])
+        (reference,) = local(splits, seed, 1.0)
+        hosts.append(improvements(plain(splits, seed, 3.0, 3.5, 4.0, 4.5, 5.0), reference))
+        ours.append(improvements(decoupled(splits, seed, 3.0), reference)[0])
     hosts = np.array(hosts)
     gains = np.array(ours) - hosts[:, hosts.mean(axis=0).argmax()]
     print(np.mean(ours), hosts.mean(axis=0), gains.mean(), gains.std(ddof=1) / 5)
