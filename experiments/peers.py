@@ -11,13 +11,14 @@ Stock peers, what a user of the tool runs:
   one `ClientDataset` per client. Like its client samplers, every round splits new client keys.
 - `torch_loop`: the plain PyTorch loop over clients and batches: load the global state, then
   `torch.optim.SGD` with zero_grad, backward and step. The tensors are preloaded on the device.
+- `torch_vmap`: PyTorch with the clients' parameters stacked, `torch.func.vmap` over the gradient
+  of a functional call, and one batched step, `value - rate * gradient`, for many clients at a time.
 
 Tuned peers, what the tool allows with more care:
 
 - `torch_loop_tuned`: the same loop with `torch.autograd.grad`, fused updates of all parameters in
   place of an optimizer, and channels-last convolutions.
-- `torch_vmap`: PyTorch with the clients' parameters stacked, `torch.func.vmap` over the gradient
-  of a functional call, and one batched step for many clients at a time.
+- `torch_vmap_tuned`: the same with the product and the difference of the step fused in one call.
 
 The rounds cost the same only if the batch size divides the sample count: of a last, partial batch
 the PyTorch peers take the samples there are, while fedjax fills it up. The initial weights are each
@@ -34,7 +35,7 @@ import numpy as np
 
 RoundFn = Callable[[], None]
 
-# Clients in one batched step of `torch_vmap` on a CPU; all of them for other models.
+# Clients in one batched step of `torch.func.vmap` on a CPU; all of them for other models.
 # Stacked convolutions run as grouped ones, which gain nothing there from a longer stack and need
 # memory in proportion.
 _CPU_VMAP_CHUNK = {"cnn": 2}
@@ -44,6 +45,7 @@ _REQUIRED_PACKAGES = {
     "torch_loop": ("torch",),
     "torch_loop_tuned": ("torch",),
     "torch_vmap": ("torch",),
+    "torch_vmap_tuned": ("torch",),
 }
 
 
@@ -176,7 +178,19 @@ def build_torch_loop_tuned(workload: Workload) -> RoundFn:
 
 
 def build_torch_vmap(workload: Workload) -> RoundFn:
-    """Prepares the tuned `torch_vmap` peer; the returned function runs one round."""
+    """Prepares the stock `torch_vmap` peer; the returned function runs one round."""
+    return _build_vmap(workload, lambda value, grad, rate: value - rate * grad)
+
+
+def build_torch_vmap_tuned(workload: Workload) -> RoundFn:
+    """Prepares the tuned `torch_vmap_tuned` peer; the returned function runs one round."""
+    import torch
+
+    return _build_vmap(workload, lambda value, grad, rate: torch.add(value, grad, alpha=-rate))
+
+
+def _build_vmap(workload: Workload, descend: Callable[[Any, Any, float], Any]) -> RoundFn:
+    """A round of stacked clients, each step `descend(value, gradient, rate)` of every parameter."""
     import torch
 
     inputs, labels = _torch_data(workload)
@@ -200,8 +214,7 @@ def build_torch_vmap(workload: Workload) -> RoundFn:
         for batch in _shuffled_batches(chunk_inputs, chunk_labels, workload.batch_size):
             grads = gradients(params, *batch)
             params = {
-                name: torch.add(value, grads[name], alpha=-workload.learning_rate)
-                for name, value in params.items()
+                name: descend(value, grads[name], workload.learning_rate) for name, value in params.items()
             }
         return params
 
@@ -322,6 +335,7 @@ PEERS: dict[str, Callable[[Workload], RoundFn]] = {
     "torch_loop": build_torch_loop,
     "torch_loop_tuned": build_torch_loop_tuned,
     "torch_vmap": build_torch_vmap,
+    "torch_vmap_tuned": build_torch_vmap_tuned,
 }
 
 

@@ -67,31 +67,42 @@ def coordinate_ascent(
 ) -> Change:
     """SDCA: coordinate by coordinate, the exact maximiser of the dual (Shalev-Shwartz and Zhang, JMLR 2013).
 
+    Pass by pass: within a pass no coordinate is visited twice, so that the dual variables are only read, and written once at its end. (Written step by step, XLA may copy
+    all of them every time.)
+
     Args:
         order: int32 ``[capacity]``, a permutation of the real positions first; walked from its start, cyclically.
         num_steps: int32 ``[]``, coordinate steps of this node; 0 for one that was dropped.
-        max_steps: the most any node makes: the loop's length is a constant, so that under ``vmap`` the dual variables are updated in place.
+        max_steps: the most any node makes.
         start: continue from this change; default none.
         feedback: False leaves the scores as at the start of the round (mini-batch SDCA), while each alpha still moves.
     """
     start = no_change(problem) if start is None else start
     size = jnp.maximum(problem.size, 1)
+    num_steps = jnp.where(problem.size > 0, jnp.minimum(num_steps, max_steps), 0)
+    rows = order[:max_steps]
+    slots = jnp.arange(rows.shape[0])
     scores = problem.inputs @ problem.weights
     squared_norms = jnp.sum(jnp.square(problem.inputs), axis=1)
-    num_steps = jnp.where(problem.size > 0, num_steps, 0)
 
-    def step(k, carry):
-        alpha, combined = carry
-        i = order[k % size]
-        x, squared_norm = problem.inputs[i], squared_norms[i]
-        score = scores[i] + (problem.curvature * (x @ combined) if feedback else 0)
-        moves = (k < num_steps) & (squared_norm > 0)
-        curvature = jnp.where(moves, problem.curvature * squared_norm / size, 1)
-        best = loss.ascend(alpha[i], problem.labels[i], score, curvature)
-        change = jnp.where(moves, best - alpha[i], 0)
-        return alpha.at[i].add(change), combined + change / size * x
+    def one_pass(carry):
+        done, alpha, combined = carry
 
-    alpha, combined = jax.lax.fori_loop(0, max_steps, step, (problem.alpha + start.alpha, start.combined))
+        def step(combined, slot):
+            i = rows[slot]
+            x, squared_norm, old = problem.inputs[i], squared_norms[i], alpha[i]
+            score = scores[i] + (problem.curvature * (x @ combined) if feedback else 0)
+            moves = (slot < size) & (done + slot < num_steps) & (squared_norm > 0)
+            curvature = jnp.where(moves, problem.curvature * squared_norm / size, 1)
+            best = loss.ascend(old, problem.labels[i], score, curvature)
+            change = jnp.where(moves, best - old, 0)
+            return combined + change / size * x, change
+
+        combined, changes = jax.lax.scan(step, combined, slots)
+        return done + size, alpha.at[rows].add(changes), combined
+
+    carry = (jnp.zeros_like(size), problem.alpha + start.alpha, start.combined)
+    _, alpha, combined = jax.lax.while_loop(lambda carry: carry[0] < num_steps, one_pass, carry)
     return Change(alpha - problem.alpha, combined, start.num_steps + num_steps)
 
 
