@@ -59,7 +59,9 @@ def test_minimal_filtering_is_the_convolution(shape):
                 x, kernel
             )
 
-        np.testing.assert_allclose(jax.jit(minimal_filtering)(x, kernel), direct(x, kernel), rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(
+            jax.jit(minimal_filtering)(x, kernel), direct(x, kernel), rtol=1e-11, atol=1e-12
+        )
         assert_trees_close(value(minimal_filtering), value(direct), rtol=1e-11, atol=1e-12)
 
 
@@ -72,7 +74,9 @@ def test_wide_convolutions_filter_minimally(channels, products, padding):
     params = jax.vmap(theirs.init)(jax.random.split(KEY, 3), x)
 
     def value(module):
-        return jax.jit(jax.vmap(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x))))))(params, x)
+        return jax.jit(jax.vmap(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x))))))(
+            params, x
+        )
 
     assert_trees_close(value(ours), value(theirs), rtol=1e-4, atol=2e-5)
     if jax.default_backend() == "cpu":
