@@ -67,7 +67,7 @@ def _combine(coefficients: np.ndarray, terms: Sequence[jax.Array]) -> jax.Array:
 def minimal_filtering(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3 x 3 convolution without padding and strides, ``[batch, h, w, c], [3, 3, c, features] -> [batch, h - 2, w - 2, features]``, by F(4, 3) over the height.
 
-    Half the products of the direct form, and two thirds of its patches' memory. Over the width it is shifted slices still: there a transformation
+    Half the products of the direct form, and half the memory of its patches. Over the width it is shifted slices still: there a transformation
     would be strided. Rounding errors are about three times those of the direct form.
     """
     height, width = inputs.shape[1] - 2, inputs.shape[2] - 2

@@ -353,19 +353,22 @@ def test_landmine_optima(coupling, optimum, rounds):
 # --- Against independent solvers.
 
 
+@pytest.mark.parametrize("passes", [0.4, 1.0, 2.6])
 @pytest.mark.parametrize("loss", ["hinge", "squared"])
-def test_equals_the_slow_twin(loss):
+def test_equals_the_slow_twin(loss, passes):
     inputs, labels = related_tasks(regression=loss == "squared")
     federation = federate(inputs, labels)
     rng = np.random.default_rng(3)
     root = rng.normal(size=(6, 6))
     covariance = root @ root.T + np.eye(6)
     twin = Twin(loss, inputs, labels, covariance, 0.2)
-    algorithm = make(federation, loss, relationships.given(covariance), penalty=0.2, order="cyclic")
+    algorithm = make(
+        federation, loss, relationships.given(covariance), penalty=0.2, order="cyclic", passes=passes
+    )
     state, one_round = algorithm.init(jax.random.key(0)), jax.jit(algorithm.round)
     for _ in range(12):
-        budgets = rng.integers(0, 13, 6)
-        steps = np.minimum(budgets, federation.sizes)
+        budgets = rng.integers(0, int(13 * passes) + 1, 6)
+        steps = np.minimum(budgets, np.floor(passes * np.asarray(federation.sizes)).astype(int))
         state, metrics = one_round(state, cohort_with(federation, budgets, budgets > 0), jax.random.key(0))
         twin.round(steps)
         np.testing.assert_allclose(state.clients.weights, twin.weights, atol=1e-10)
