@@ -790,6 +790,13 @@ def test_released_local_and_global_models_stop_where_the_code_does(penalty):
     np.testing.assert_allclose(pooled.state.clients.weights[0], np.tile(expected, (6, 1)), rtol=1e-9)
 
 
+@pytest.mark.parametrize("factory", [local_models, global_model])
+def test_unknown_fidelity_of_local_and_global_models(factory):
+    federation = federate(*related_tasks(seed=17))
+    with pytest.raises(ValueError, match="fidelity must be 'paper' or 'released', got 'code'"):
+        factory(dual.hinge(), fidelity="code", **baseline_settings(federation))
+
+
 @pytest.mark.parametrize("row", CURVES["error_table_fixed_split"]["rows"], ids=lambda row: f"{row['lam']:g}")
 def test_official_errors_of_local_and_global_models(row):
     train, test = every_fourth_is_test(reference_data("mocha_small"))
@@ -899,6 +906,8 @@ def test_bad_relations(matrix, message):
         ({"fidelity": "exact"}, "fidelity must be"),
         ({"passes": 0}, "passes is 0"),
         ({"inexactness": 1.0}, "inexactness is 1.0"),
+        ({"tolerance": 0.0}, "tolerance is 0.0"),
+        ({"tolerance": 1e-5, "inexactness": 0.5}, "give one of them"),
         ({"aggregation": 2.0}, "aggregation is 2.0"),
         ({"sigma_prime": "tight"}, "unknown sigma_prime 'tight'"),
         ({"relationship_every": 5}, "this relationship is fixed"),

@@ -196,11 +196,11 @@ def test_landmine_as_released():
         assert_clearly_below(results[name], results["global"])
 
 
-@pytest.mark.parametrize("share", [0.25])
-def test_landmine_with_few_examples(share):
+def test_landmine_with_few_examples():
     """Ten shuffles, a quarter of the data to train on, logistic loss with an intercept: how often a mine ranks behind another object (1 - AUC, mean of the tasks).
 
-    Ridge, and MOCHA's coupling to the mean, by the log loss in 5-fold cross-validation. Test error says little here: a constant errs 6 %.
+    Ridge, and MOCHA's coupling to the mean, by the log loss in 5-fold cross-validation. Test error says little here: a constant errs 6 %. (With a tenth of the data MOCHA is
+    far ahead of one model a task, and ahead of one for all by less than two standard errors.)
     """
     ridges, couplings = (1e-3, 1e-2, 0.1), (0.03, 0.1, 0.3)
 
@@ -221,7 +221,7 @@ def test_landmine_with_few_examples(share):
     table = landmine(intercept=True)
     misranked = {name: [] for name in candidates}
     for shuffle in range(10):
-        splits = split_tasks(table, train_share=share, seed=shuffle)
+        splits = split_tasks(table, train_share=0.25, seed=shuffle)
         train = _packed(splits.train, _rows(splits.train))
         key = jax.random.key(shuffle)
         for name, runs in candidates.items():
