@@ -82,7 +82,7 @@ def decouple_updates(
 
     Per client: keep the coordinates with the largest response strength ``|update|`` and multiply them by ``||update||_1 / ||kept||_1``. Put it before
     ``average_clients()`` in FedAvg, FedProx or FedAdam. ``keep=1`` leaves everything as it was. Always report beside it a plain server with a larger step, which gains
-    as much speed, and the mask without rescaling.
+    nearly as much speed, and the mask without rescaling.
 
     Args:
         keep: share of the coordinates kept, ``max(1, ceil(keep * size))`` of them.
