@@ -5,7 +5,7 @@ from fedjax_mtl.algorithms.apfl import apfl
 from fedjax_mtl.algorithms.clustered import clustered
 from fedjax_mtl.algorithms.fairness import agnostic, q_ffl
 from fedjax_mtl.algorithms.fedavg import fedavg, fedavg_tuned, fedprox, local
-from fedjax_mtl.algorithms.fedbone import SplitGroup, fedbone
+from fedjax_mtl.algorithms.fedbone import fedbone
 from fedjax_mtl.algorithms.fedem import decentralized_fedem, fedem, fedem_client
 from fedjax_mtl.algorithms.fedgradnorm import fedgradnorm, hota_fedgradnorm
 from fedjax_mtl.algorithms.l2sgd import l2sgd
@@ -21,6 +21,7 @@ from fedjax_mtl.algorithms.mocha_baselines import (
 from fedjax_mtl.algorithms.partial import fedbn, fedper, fedrep, lg_fedavg
 from fedjax_mtl.algorithms.pfedme import pfedme
 from fedjax_mtl.algorithms.relations import fedhca2, fedu, matfl, mixed_clients, sheaf_fmtl
+from fedjax_mtl.lock_step import SplitGroup
 
 __all__ = [
     "SplitGroup",

@@ -78,7 +78,7 @@ def _inverse_norms(gram: jax.Array) -> jax.Array:
 
 
 def project_conflicts(
-    *, order: str = "random", granularity: str = "global", normalise: str = "none"
+    *, order: str = "random", granularity: str = "global", normalise: str = "none", average: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """PCGrad (Yu et al., arXiv 2001.06782, algorithm 1) over clients, ``[clients, ...] -> [clients, ...]``.
 
@@ -90,29 +90,40 @@ def project_conflicts(
         granularity: ``global``, one vector over all leaves, or ``per_leaf``.
         normalise: ``none``; ``unit``, every update scaled to length 1 first, as FMTL-Bench's released code does (the step's length is lost); or
             ``restore``, that times the mean length of the updates.
+        average: True gives what a following ``average_clients()`` would, ``[clients, ...] -> [...]``, from one row of coefficients: the projected
+            updates are never formed, which halves the memory of a large cohort.
 
-    Extra arguments used: ``key``, ``client_ids``, ``present``. Raises ValueError: an unknown choice, or no key for random order.
+    Extra arguments used: ``key``, ``client_ids``, ``present``, and ``weights`` of the average. Raises ValueError: an unknown choice, or no key for
+    random order.
     """
     check_choice("order", order, ORDERS)
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("normalise", normalise, ("none", "unit", "restore"))
 
-    def update(updates, state, params=None, *, key=None, client_ids=None, present=None, **extra_args):
+    def coefficients_of(gram, orders, number):
+        if normalise == "none":
+            return projection_coefficients(gram, orders)
+        scale = _inverse_norms(gram)
+        coefficients = projection_coefficients(scale[:, None] * gram * scale, orders) * scale
+        if normalise == "restore":
+            coefficients *= jnp.sum(jnp.sqrt(jnp.diagonal(gram))) / number
+        return coefficients
+
+    def update(
+        updates, state, params=None, *, weights=None, key=None, client_ids=None, present=None, **extra_args
+    ):
         del params, extra_args
         updates = trees.mask_clients(updates, present)
         count = jax.tree.leaves(updates)[0].shape[0]
         orders = partner_orders(order, count, client_ids, key)
         there = jnp.ones(count, bool) if present is None else present
+        number = jnp.maximum(jnp.sum(there), 1)
+        mean = there / number if weights is None else weights
 
         def project(part):
-            gram = trees.inner_products(part, part)
-            if normalise == "none":
-                return trees.mix_clients(projection_coefficients(gram, orders), part)
-            scale = _inverse_norms(gram)
-            coefficients = projection_coefficients(scale[:, None] * gram * scale, orders) * scale
-            if normalise == "restore":
-                norms = jnp.sqrt(jnp.diagonal(gram))
-                coefficients *= jnp.sum(norms) / jnp.maximum(jnp.sum(there), 1)
+            coefficients = coefficients_of(trees.inner_products(part, part), orders, number)
+            if average:
+                return trees.weighted_sum(mean @ coefficients, part)
             return trees.mix_clients(coefficients, part)
 
         return _granular(granularity, project, updates), state

@@ -29,6 +29,7 @@ REDUCING = {
     "cagrad": lambda: server.conflict_averse(iterations=20),
     "gp": lambda: server.gp_aggregation(),
     "median": lambda: server.coordinate_median(),
+    "pcgrad average": lambda: server.project_conflicts(average=True),
     "private": lambda: server.private_average(1.0, 0.1),
     "trimmed": lambda: server.trimmed_mean(0.25),
 }

@@ -118,6 +118,21 @@ def test_granularity_and_restored_length():
     np.testing.assert_allclose(lengths, (np.sqrt(5) + np.sqrt(10)) / 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("normalise", ["none", "unit", "restore"])
+@pytest.mark.parametrize("granularity", ["global", "per_leaf"])
+@pytest.mark.parametrize("weights", [None, jnp.array([0.5, 0.0, 0.2, 0.3])])
+def test_the_averaged_projection_is_the_projection_averaged(normalise, granularity, weights):
+    rng = np.random.default_rng(0)
+    updates = {"a": jnp.array(rng.normal(size=(4, 3))), "b": jnp.array(rng.normal(size=(4, 2, 2)))}
+    facts = {"key": jax.random.key(0), "present": jnp.array([True, False, True, True]), "weights": weights}
+    choices = {"normalise": normalise, "granularity": granularity}
+    projected = apply_server(server.project_conflicts(**choices), updates, **facts)
+    expected = apply_server(server.average_clients(), projected, **facts)
+    ours = apply_server(server.project_conflicts(**choices, average=True), updates, **facts)
+    for name in updates:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
 GP_KIND = {"softmax_cos": "softmax_cosine", "softmax_dot": "softmax_dot", "none": "none"}
 
 
