@@ -33,5 +33,5 @@ def get_config(variant: str | None = None):
         client={"batch_size": 32, "epochs": 0, "steps": 20, "momentum": 0.9},
         num_rounds=2 if options.quick else 30,
         eval_every=1 if options.quick else 10,
-        seeds=(0,),
+        seeds=(0, 1, 2, 3, 4),
     )

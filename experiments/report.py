@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,24 +187,39 @@ def _spread(values: list[float], digits: int) -> str:
     return text if len(finite) == len(values) else f"{text} ({len(finite)} of {len(values)})"
 
 
-def compared(
-    runs: list[Runs], reference: str | None, target: str | None
+def improvement_columns(
+    runs: list[Runs], reference: str, rounds: Sequence[int]
 ) -> tuple[list[str], list[list[str]]]:
-    """Further columns: the improvement over the run ``reference``, and the rounds to ``target`` (``metric=value``).
+    """The improvement over the last round of the run ``reference``, at these rounds or, without any, at each run's last.
 
     Raises:
-        ValueError: no such run, or a target that cannot be read.
+        ValueError: no such run, or a round at which a run was not evaluated.
+    """
+    base = next((run for run in runs if run.name == reference), None)
+    if base is None:
+        raise ValueError(f"no run is called {reference!r}; there are {', '.join(run.name for run in runs)}")
+    gains = [comparisons.improvements(run.rows, base.rows) for run in runs]
+    if not rounds:
+        return [f"improvement over {reference} in %"], [[_spread(g[max(g)], 1) for g in gains]]
+    for run, gain in zip(runs, gains, strict=True):
+        if missing := sorted(set(rounds) - set(gain)):
+            known = ", ".join(map(str, gain))
+            raise ValueError(f"{run.name} was not evaluated at round {missing[0]}, but at {known}")
+    headings = [f"improvement over {reference} at round {number} in %" for number in rounds]
+    return headings, [[_spread(gain[number], 1) for gain in gains] for number in rounds]
+
+
+def compared(
+    runs: list[Runs], reference: str | None, target: str | None, rounds: Sequence[int] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Further columns: the improvement over the run ``reference`` (see :func:`improvement_columns`), and the rounds to ``target`` (``metric=value``).
+
+    Raises:
+        ValueError: no such run or round, or a target that cannot be read.
     """
     headings, columns = [], []
     if reference is not None:
-        base = next((run for run in runs if run.name == reference), None)
-        if base is None:
-            raise ValueError(
-                f"no run is called {reference!r}; there are {', '.join(run.name for run in runs)}"
-            )
-        headings.append(f"improvement over {reference} in %")
-        gains = [list(comparisons.improvements(run.rows, base.rows).values())[-1] for run in runs]
-        columns.append([_spread(gain, 1) for gain in gains])
+        headings, columns = improvement_columns(runs, reference, rounds)
     if target is not None:
         metric, _, value = target.rpartition("=")
         try:
@@ -220,18 +236,19 @@ def report(
     output: pathlib.Path,
     reference: str | None = None,
     target: str | None = None,
+    rounds: Sequence[int] = (),
 ) -> None:
     """Writes report.md, report.tex, curves and clients (.png and .pdf) into ``output``, and prints the table.
 
     Args:
-        reference: a run over which the others' improvement is given. target: ``metric=value``, to which the rounds are counted.
+        reference: a run over which the others' improvement is given, at their last round or at ``rounds``. target: ``metric=value``, to which the rounds are counted.
 
     Raises:
-        FileNotFoundError: a run has not finished. ValueError: different runs of the same name, no such reference or metric.
+        FileNotFoundError: a run has not finished. ValueError: different runs of the same name, no such reference, round or metric.
     """
     runs = group(directories)
     headings, cells = table({run.name: run.summary for run in runs})
-    more, extra = compared(runs, reference, target)
+    more, extra = compared(runs, reference, target, rounds)
     headings += more
     cells = [row + [(text, False) for text in own] for row, own in zip(cells, extra, strict=True)]
     counts = "/".join(str(count) for count in sorted({len(run.summary["seeds"]) for run in runs}))
@@ -255,10 +272,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
     parser.add_argument("--reference", help="the run over which the others' improvement (Delta_m) is given")
+    parser.add_argument("--rounds", nargs="*", type=int, default=(), help="where, if not at the last round")
     parser.add_argument("--target", help="metric=value: count the rounds to it")
     arguments = parser.parse_args(argv)
     try:
-        report(arguments.workdirs, arguments.output, arguments.reference, arguments.target)
+        report(arguments.workdirs, arguments.output, arguments.reference, arguments.target, arguments.rounds)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -97,7 +97,13 @@ def small_files(config, prepared, tmp_path):
         config.data.update(max_length=26, longest_prompt=26, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# These trace and compile for most of a minute.
+SLOW = ("fedbone_scenes",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.claim if name in SLOW else ()) for name in CONFIGS]
+)
 def test_quick_variants_run(name, prepared, tmp_path):
     config = get(name)
     config.seeds = (0,)

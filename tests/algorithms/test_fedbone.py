@@ -1,5 +1,6 @@
 """FedBone: golden step, message passing against end-to-end gradients, schedules, synchronisation, limits."""
 
+import functools
 import json
 import pathlib
 
@@ -152,15 +153,16 @@ def test_messages_equal_end_to_end_gradients():
         return task.loss(whole(p, images), batch.examples["labels"])[0]
 
     expected_loss, expected = jax.jit(jax.value_and_grad(loss))(params)
-    ours = jax.jit(
-        lambda p: split.split_step(lower, trunk, upper, task, p["lower"], p["trunk"], p["upper"], batch)
-    )(params)
+
+    def step(p, wire_dtype=None):
+        own = p["lower"], p["trunk"], p["upper"]
+        return split.split_step(lower, trunk, upper, task, *own, batch, wire_dtype)
+
+    ours = jax.jit(step)(params)
     np.testing.assert_allclose(ours.loss, expected_loss, rtol=1e-5)
     for name in ("lower", "trunk", "upper"):
         assert_trees_close(getattr(ours, name), expected[name], rtol=1e-3, atol=1e-6)
-    rounded = split.split_step(
-        lower, trunk, upper, task, params["lower"], params["trunk"], params["upper"], batch, jnp.bfloat16
-    )
+    rounded = jax.jit(functools.partial(step, wire_dtype=jnp.bfloat16))(params)
     np.testing.assert_allclose(rounded.loss, expected_loss, rtol=0.05)
     sent = rounded.messages.embeddings
     np.testing.assert_array_equal(sent, sent.astype(jnp.bfloat16).astype(jnp.float32))

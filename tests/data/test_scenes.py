@@ -59,6 +59,7 @@ def test_a_population_of_scenes(folder):
     assert joint.splits.train["A"].num_clients == 4 and joint.outputs["B"]["human_parts"] == 7
 
 
+@pytest.mark.claim
 def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
     """The labels can be learned from the images, all together by one encoder."""
     problem = datasets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import comparisons
+from experiments import comparisons, report
 
 
 def row(number, seed, group, **metrics):
@@ -30,6 +30,25 @@ def test_improvements_over_a_reference():
     np.testing.assert_allclose(comparisons.improvements(REFERENCE, REFERENCE)[10], 0, atol=1e-12)
     with pytest.raises(ValueError, match="no run of seed 7"):
         comparisons.improvements([row(10, 7, "a", accuracy=0.5)], REFERENCE)
+
+
+def test_improvement_at_chosen_rounds():
+    rows = [{**r, "round": number} for number in (5, 10) for r in REFERENCE]
+    for r in rows:
+        if r["round"] == 5 and "accuracy" in r:
+            r["accuracy"] = 0.4
+    runs = [report.Runs(name, [], {}, own) for name, own in (("a", REFERENCE), ("b", rows))]
+    assert report.compared(runs, "a", None) == (
+        ["improvement over a in %"],
+        [["0.0 ± 0.0"], ["0.0 ± 0.0"]],
+    )
+    headings, cells = report.compared(runs[1:] + runs[:1], "a", None, [10])
+    assert headings == ["improvement over a at round 10 in %"] and cells[0] == ["0.0 ± 0.0"]
+    with pytest.raises(ValueError, match="a was not evaluated at round 5, but at 10"):
+        report.compared(runs, "a", None, [5])
+    runs[0] = runs[0]._replace(rows=rows)
+    _, cells = report.compared(runs, "a", None, [5, 10])
+    assert cells[1] == ["-10.0 ± 0.0", "0.0 ± 0.0"]
 
 
 def test_rounds_to_a_target():
