@@ -155,8 +155,14 @@ def _pool(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return {**summaries[0], "metrics": pooled, "seeds": seeds}
 
 
+def _without_seed(name: str) -> str:
+    """The name of a sweep's directory without its part for ``data.seed``, unless there is nothing else."""
+    parts = [part for part in name.split("-") if not part.startswith("data.seed=")]
+    return "-".join(parts) or name
+
+
 def group(directories: list[pathlib.Path]) -> list[Runs]:
-    """Pools runs that differ only in ``data.seed``, in the order given; named by algorithm where these differ, else by directory."""
+    """Pools runs that differ only in ``data.seed``, in the order given; named by algorithm where these differ, else by directory, without ``data.seed=``."""
     groups: dict[str, list[pathlib.Path]] = {}
     for directory in directories:
         load(directory)
@@ -170,7 +176,7 @@ def group(directories: list[pathlib.Path]) -> list[Runs]:
             for directory in members
             for row in workdir.read_rows(directory / "metrics.jsonl")
         ]
-        name = algorithm if by_algorithm else members[0].name
+        name = algorithm if by_algorithm else _without_seed(members[0].name)
         runs.append(Runs(name, members, _pool([load(d) for d in members]), rows))
     if len({run.name for run in runs}) != len(runs):
         raise ValueError(

@@ -231,6 +231,62 @@ def test_schedules_agree_for_one_step_and_differ_for_more(schedule):
     assert not np.allclose(results[3, schedule].params["A"], results[3, "step"].params["A"], rtol=1e-3)
 
 
+def trunk_by_hand(schedule, state, examples, num_steps, own_rate, trunk_rate):
+    """The trunk gradients that the server gets, leaves ``[clients, ...]``: each client alone, by autodiff of the uncut model."""
+    model = split.composed(LINEAR, TANH, readout())
+    seen = []
+    for i in range(examples["labels"].shape[0]):
+        inputs, labels = examples["inputs"][i], examples["labels"][i]
+        gradient = jax.jit(jax.grad(lambda p, x=inputs, y=labels: jnp.mean((model(p, x) - y) ** 2)))
+        own = state.clients["a"]
+        params = {"lower": own.lower, "upper": own.upper}
+        params = jax.tree.map(lambda x, i=i: x[i], params) | {"trunk": state.params}
+        moving = []
+        for _ in range(num_steps):
+            grads = gradient(params)
+            moving.append(grads["trunk"])
+            rates = {"lower": own_rate, "upper": own_rate, "trunk": trunk_rate * (schedule == "drift")}
+            params = {
+                part: jax.tree.map(lambda p, g, r=rates[part]: p - r * g, params[part], grads[part])
+                for part in params
+            }
+        seen.append(jax.tree.map(lambda *g: sum(g) / num_steps, *moving))
+    return jax.tree.map(lambda *g: jnp.stack(g), *seen)
+
+
+@pytest.mark.parametrize("schedule", ["round", "drift"])
+def test_schedules_of_several_steps_by_hand(schedule):
+    """Full batches; the mean of gradients at a standing trunk, and at one that moves: (start - end) / (rate * steps) is their mean too."""
+    population = random_population({"a": 3}, size=2)
+    algorithm = make(
+        num_steps=3,
+        schedule=schedule,
+        trunk_learning_rate=0.2,
+        embedding_sync="local",
+        server=optax.chain(server.average_clients(), optax.sgd(0.5)),
+    )
+    state = algorithm.init(KEY)
+    rows = population["a"].indices
+    examples = jax.tree.map(lambda x: x[rows], population["a"].examples)
+    expected = trunk_by_hand(schedule, state, examples, 3, own_rate=0.1, trunk_rate=0.2)
+    ours = algorithm.round(state, cohorts_of(population), KEY)[0].params
+    for name in ours:
+        np.testing.assert_allclose(
+            ours[name], state.params[name] - 0.5 * expected[name].mean(axis=0), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_frozen_embedding_does_not_decay():
+    algorithm = make(
+        embedding_sync="frozen",
+        client_optimizer=optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
+    )
+    state = algorithm.init(KEY)
+    new = algorithm.round(state, cohorts_of(random_population({"a": 3})), KEY)[0]
+    np.testing.assert_array_equal(new.clients["a"].lower["P"], state.clients["a"].lower["P"])
+    assert not np.allclose(new.clients["a"].upper["U"], state.clients["a"].upper["U"])
+
+
 def test_embedding_synchronisation():
     population = random_population({"a": 3})
     ends = {}
