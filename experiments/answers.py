@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from experiments import build
-from experiments.datasets import Problem
+from experiments.problems.base import Problem
 from fedjax_mtl.decoding import greedy
 from fedjax_mtl.tasks.rouge import rouge_l
 

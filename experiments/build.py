@@ -10,9 +10,10 @@ import jax
 import ml_collections
 import optax
 
-from experiments.datasets import DATASETS, PopulationProblem, Problem
 from experiments.factories import ALGORITHMS
 from experiments.parts import Parts, make_schedule
+from experiments.problems import DATASETS
+from experiments.problems.base import PopulationProblem, Problem
 from experiments.settings import call, choose
 from fedjax_mtl import (
     Algorithm,

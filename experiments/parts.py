@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.datasets import Problem
+from experiments.problems.base import Problem
 from experiments.settings import choose
 from fedjax_mtl import Execution, batching, models
 

@@ -9,8 +9,8 @@ import ml_collections
 import optax
 
 from experiments import build
-from experiments.datasets import PopulationProblem
 from experiments.parts import make_optimizer, make_schedule
+from experiments.problems.base import PopulationProblem
 from experiments.settings import call, choose
 from fedjax_mtl import (
     Algorithm,

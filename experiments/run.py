@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from experiments import answers, build, plots, telemetry, workdir
 from experiments.checkpoints import Checkpoints
-from experiments.datasets import PopulationProblem
+from experiments.problems.base import PopulationProblem
 from experiments.progress import Progress
 from experiments.settings import choose
 from fedjax_mtl import (

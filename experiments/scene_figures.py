@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import build
 from experiments.checkpoints import Checkpoints
-from experiments.datasets import PopulationProblem
+from experiments.problems.base import PopulationProblem
 from fedjax_mtl.data import rendered
 
 Panels = list[tuple[str, np.ndarray]]

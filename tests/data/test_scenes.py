@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import datasets
+from experiments.problems import task_sets
 from fedjax_mtl import batching, clients, federation, models, tasks
 from fedjax_mtl.data import rendered, scenes
 
@@ -45,7 +45,7 @@ def test_extras_are_sets_of_their_own(folder):
 
 
 def test_a_population_of_scenes(folder):
-    problem = datasets.scenes(data_dir=folder, **FIELDS)
+    problem = task_sets.scenes(data_dir=folder, **FIELDS)
     assert sorted(problem.splits.train) == sorted(
         [f"A_{t}" for t in FIELDS["tasks_a"]] + [f"B_{t}" for t in FIELDS["tasks_b"]]
     )
@@ -55,14 +55,14 @@ def test_a_population_of_scenes(folder):
     assert set(problem.splits.train["A_depth"].examples["labels"]) == {"depth"}
     owned = np.concatenate([np.asarray(problem.splits.train[f"A_{t}"].indices[0]) for t in FIELDS["tasks_a"]])
     assert len(set(owned.tolist())) == 40  # disjoint, and together everything
-    joint = datasets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "clients_per_group": 4})
+    joint = task_sets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "clients_per_group": 4})
     assert joint.splits.train["A"].num_clients == 4 and joint.outputs["B"]["human_parts"] == 7
 
 
 @pytest.mark.claim
 def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
     """The labels can be learned from the images, all together by one encoder."""
-    problem = datasets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)})
+    problem = task_sets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)})
     own = problem.splits.train["A"]
     model = models.multi_decoder(problem.input_shape, problem.outputs["A"], "tiny")
     task = problem.tasks["A"]
@@ -113,6 +113,6 @@ def test_bad_arguments(folder):
     with pytest.raises(ValueError, match="unknown size 'huge'"):
         scenes.load_scenes("A", size="huge", data_dir=folder)
     with pytest.raises(ValueError, match="unknown task 'sal' in config.data.tasks_a; expected one of semseg"):
-        datasets.scenes(data_dir=folder, **{**FIELDS, "tasks_a": ("sal",)})
+        task_sets.scenes(data_dir=folder, **{**FIELDS, "tasks_a": ("sal",)})
     with pytest.raises(ValueError, match="train_fraction is 0"):
-        datasets.scenes(data_dir=folder, **{**FIELDS, "train_fraction": 0})
+        task_sets.scenes(data_dir=folder, **{**FIELDS, "train_fraction": 0})

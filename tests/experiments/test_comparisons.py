@@ -1,5 +1,7 @@
 """Improvement over a reference and rounds to a target, from metric rows."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,30 @@ def test_improvement_at_chosen_rounds():
     runs[0] = runs[0]._replace(rows=rows)
     _, cells = report.compared(runs, "a", None, [5, 10])
     assert cells[1] == ["-10.0 ± 0.0", "0.0 ± 0.0"]
+
+
+def finished_run(directory, algorithm, data_seed, step):
+    directory.mkdir()
+    config = {"algorithm": {"name": algorithm, "step": step}, "data": {"seed": data_seed}}
+    (directory / "config.json").write_text(json.dumps(config))
+    metrics = {"train_clients": {"accuracy": {"final": [0.5 + data_seed / 10]}}}
+    (directory / "summary.json").write_text(
+        json.dumps({"algorithm": algorithm, "seeds": [0], "metrics": metrics})
+    )
+    (directory / "metrics.jsonl").write_text(json.dumps(row(1, 0, "a", accuracy=0.5)) + "\n")
+    return directory
+
+
+def test_draws_of_the_data_are_pooled_under_a_name_without_their_seed(tmp_path):
+    directories = [
+        finished_run(tmp_path / f"data.seed={seed}-fedavg.step={step}", "fedavg", seed, step)
+        for step in (1, 2)
+        for seed in (0, 1)
+    ]
+    runs = report.group(directories)
+    assert [run.name for run in runs] == ["fedavg.step=1", "fedavg.step=2"]
+    assert runs[0].summary["metrics"]["train_clients"]["accuracy"]["final"] == [0.5, 0.6]
+    assert [r["seed"] for r in runs[0].rows] == ["0/0", "1/0"]
 
 
 def test_rounds_to_a_target():
