@@ -26,7 +26,7 @@ from fedjax_mtl.algorithm import (
     view,
     without_diverged,
 )
-from fedjax_mtl.clients import ClientUpdate
+from fedjax_mtl.clients import ClientResult, ClientUpdate
 from fedjax_mtl.execution import Execution, default_execution, map_clients
 from fedjax_mtl.federation import Cohort
 from fedjax_mtl.server.averaging import step_from
@@ -111,7 +111,8 @@ def _layout(groups: dict[str, Group]) -> _Layout:
     return _Layout(templates, common, owned)
 
 
-def _check_groups(groups: dict[str, Group]) -> None:
+def check_group_sizes(groups: dict[str, Any]) -> None:
+    """Raises ValueError if there is no group, or a group without clients."""
     if not groups:
         raise ValueError("a heterogeneous population needs at least one group; groups is empty")
     for name, group in groups.items():
@@ -119,6 +120,11 @@ def _check_groups(groups: dict[str, Group]) -> None:
             raise ValueError(
                 f"group {name!r} has {group.num_clients} clients; a task without clients cannot be learned, drop it"
             )
+
+
+def _check_groups(groups: dict[str, Group]) -> None:
+    check_group_sizes(groups)
+    for name in groups:
         if "+" in name:
             raise ValueError(f"group name {name!r} contains '+', which joins the names of owners; rename it")
 
@@ -134,6 +140,89 @@ def _put(params: PyTree, part: PyTree) -> PyTree:
 
 def _join(parts: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+class _Sent(NamedTuple):
+    """What the clients of one group sent, their cohort without those that diverged, and how many these were."""
+
+    results: ClientResult
+    cohort: Cohort
+    diverged: jax.Array
+
+
+def _train_group(
+    client: ClientUpdate,
+    execution: Execution,
+    params: PyTree,
+    states: PyTree,
+    round_index: jax.Array,
+    cohort: Cohort,
+    key: jax.Array,
+) -> _Sent:
+    """The local training of one group's cohort; ``states`` of all the group's clients, ``[clients of the group, ...]``."""
+
+    def one_client(shared, own, own_state):
+        params, examples, round_index, round_key = shared
+        me = view(examples, own, round_index, round_key)
+        result = client.update(params, own_state, me, client_key(round_key, me.client_id))
+        finite = is_finite((result.pseudo_gradient, result.metrics["loss"], result.state))
+        return result, finite | (me.size == 0)
+
+    results, finite = map_clients(one_client, execution, cohort.federation.sizes)(
+        (params, cohort.federation.examples, round_index, key),
+        cohort_inputs(cohort),
+        trees.take_clients(states, cohort.client_ids),
+    )
+    diverged = jnp.sum(cohort.present & ~finite)
+    return _Sent(results, without_diverged(cohort, finite), diverged)
+
+
+class _Round(NamedTuple):
+    """What all groups sent, by group.
+
+    Attributes:
+        results, cohorts, diverged: see :class:`_Sent`.
+        weights: of the clients, over all groups together.
+        reported: the metrics that all groups have.
+    """
+
+    results: dict[str, ClientResult]
+    cohorts: dict[str, Cohort]
+    diverged: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+    reported: tuple[str, ...]
+
+    def updates(self, members: list[str], paths: tuple[trees.Path, ...]) -> PyTree:
+        """The members' pseudo-gradients of some leaves, ``[clients of all members, ...]``."""
+        return _join([_pick(self.results[name].pseudo_gradient, paths) for name in members])
+
+    def metric(self, name: str, members: list[str]) -> jax.Array:
+        """A metric of the members' clients, ``[clients of all members]``."""
+        return jnp.concatenate([self.results[member].metrics[name] for member in members])
+
+    def facts(self, members: list[str], offsets: dict[str, int]) -> dict[str, Any]:
+        """The extra arguments of a server among the members; the weights of a part of the groups sum to 1 among them."""
+        weights = jnp.concatenate([self.weights[name] for name in members])
+        if len(members) < len(self.results):
+            weights = weights / jnp.maximum(jnp.sum(weights), 1e-30)
+        return {
+            "weights": weights,
+            "losses": self.metric("loss", members),
+            "reports": {name: self.metric(name, members) for name in self.reported},
+            "client_ids": jnp.concatenate([offsets[n] + self.cohorts[n].client_ids for n in members]),
+            "present": jnp.concatenate([self.cohorts[name].present for name in members]),
+        }
+
+
+def _round_of(sent: dict[str, _Sent], weighting: Weighting) -> _Round:
+    cohorts = {name: own.cohort for name, own in sent.items()}
+    return _Round(
+        results={name: own.results for name, own in sent.items()},
+        cohorts=cohorts,
+        diverged={name: own.diverged for name, own in sent.items()},
+        weights=_population_weights(weighting, cohorts),
+        reported=tuple(sorted(set.intersection(*(set(own.results.metrics) for own in sent.values())))),
+    )
 
 
 def heterogeneous(
@@ -172,6 +261,9 @@ def heterogeneous(
     sizes = {name: groups[name].num_clients for name in names}
     offsets = client_offsets(sizes)
 
+    def how(params):
+        return default_execution(params) if execution is None else execution
+
     def init(key):
         params: PyTree = {}
         personal, clients = {}, {}
@@ -187,63 +279,32 @@ def heterogeneous(
         start = server.init(_pick(params, layout.common)) if layout.common else ()
         return PopulationState(jnp.zeros((), jnp.int32), params, personal, start, owners, clients)
 
-    def train_group(name, state, cohort, key):
-        """One group's updates, and its cohort without those that diverged."""
-        client = groups[name].client
-        params = layout.of_group(name, state.params, state.personal)
-        how = default_execution(params) if execution is None else execution
-
-        def one_client(shared, own, own_state):
-            params, examples, round_index, round_key = shared
-            me = view(examples, own, round_index, round_key)
-            result = client.update(params, own_state, me, client_key(round_key, me.client_id))
-            finite = is_finite((result.pseudo_gradient, result.metrics["loss"], result.state)) | (
-                me.size == 0
-            )
-            return result, finite
-
-        results, finite = map_clients(one_client, how, cohort.federation.sizes)(
-            (params, cohort.federation.examples, state.round, key),
-            cohort_inputs(cohort),
-            trees.take_clients(state.clients[name], cohort.client_ids),
-        )
-        diverged = jnp.sum(cohort.present & ~finite)
-        return results, without_diverged(cohort, finite), diverged
-
     def one_round(state, cohorts, key):
         if set(cohorts) != set(names):
             raise ValueError(
                 f"the cohorts are of groups {sorted(cohorts)}, the algorithm is for {names}; use sampling.by_group"
             )
         train_key, server_key = jax.random.split(key)
-        results, present, lost = {}, {}, {}
+        sent = {}
         for index, name in enumerate(names):
+            params = layout.of_group(name, state.params, state.personal)
             own_key = jax.random.fold_in(train_key, index)
-            results[name], present[name], lost[name] = train_group(name, state, cohorts[name], own_key)
-        weights = _population_weights(weighting, present)
-        reported = set.intersection(*(set(results[name].metrics) for name in names))
-
-        def facts(members, own_key):
-            joined = jnp.concatenate([weights[name] for name in members])
-            return {
-                "weights": joined / jnp.maximum(jnp.sum(joined), 1e-30)
-                if len(members) < len(names)
-                else joined,
-                "losses": jnp.concatenate([results[name].metrics["loss"] for name in members]),
-                "reports": {
-                    what: jnp.concatenate([results[name].metrics[what] for name in members])
-                    for what in reported
-                },
-                "client_ids": jnp.concatenate([offsets[n] + present[n].client_ids for n in members]),
-                "present": jnp.concatenate([present[name].present for name in members]),
-                "key": own_key,
-            }
+            sent[name] = _train_group(
+                groups[name].client,
+                how(params),
+                params,
+                state.clients[name],
+                state.round,
+                cohorts[name],
+                own_key,
+            )
+        gathered = _round_of(sent, weighting)
 
         def step(transformation, transformation_state, paths, members, number):
             part = _pick(state.params, paths)
-            updates = _join([_pick(results[name].pseudo_gradient, paths) for name in members])
+            facts = gathered.facts(members, offsets) | {"key": jax.random.fold_in(server_key, number)}
             steps, new = transformation.update(
-                updates, transformation_state, part, **facts(members, jax.random.fold_in(server_key, number))
+                gathered.updates(members, paths), transformation_state, part, **facts
             )
             check_step(steps, part)
             return optax.apply_updates(part, steps), new
@@ -256,11 +317,13 @@ def heterogeneous(
             moved, owners[who] = step(owners_server, state.owners[who], paths, who.split("+"), number)
             params = _put(params, moved)
         clients = {
-            name: trees.put_clients(state.clients[name], c.client_ids, results[name].state, c.present)
-            for name, c in present.items()
+            name: trees.put_clients(
+                state.clients[name], c.client_ids, gathered.results[name].state, c.present
+            )
+            for name, c in gathered.cohorts.items()
         }
         state = PopulationState(state.round + 1, params, state.personal, server_state, owners, clients)
-        return state, _metrics({name: results[name].metrics for name in names}, present, lost, reported)
+        return state, _metrics(gathered)
 
     def predict(state, client_ids, inputs):
         outputs = {}
@@ -275,10 +338,9 @@ def heterogeneous(
         for index, name in enumerate(names):
             if name in newcomers:
                 params = layout.of_group(name, state.params, state.personal)
-                how = default_execution(params) if execution is None else execution
                 own_key = jax.random.fold_in(key, index)
                 clients[name] = adapt_clients(
-                    groups[name].client, how, params, state.round, newcomers[name], own_key
+                    groups[name].client, how(params), params, state.round, newcomers[name], own_key
                 )
         return state._replace(clients=clients)
 
@@ -309,16 +371,13 @@ def _population_weights(weighting: Weighting, cohorts: dict[str, Cohort]) -> dic
     return dict(zip(sorted(cohorts), jnp.split(joined, ends), strict=True))
 
 
-def _metrics(metrics, cohorts, diverged, reported):
+def _metrics(sent: _Round) -> dict[str, jax.Array]:
     """Means over all clients of what all groups report, and each group's own as ``<metric>/<group>``."""
+    weights = _population_weights("samples", sent.cohorts)
     named = {}
-    joined = {}
-    weights = _population_weights("samples", cohorts)
-    for name in sorted(cohorts):
-        own = mean_metrics(metrics[name], weights[name])
-        named |= {f"{what}/{name}": value for what, value in own.items()}
-        for what in reported:
-            joined.setdefault(what, []).append(metrics[name][what])
-    everybody = jnp.concatenate([weights[name] for name in sorted(cohorts)])
-    overall = mean_metrics({what: jnp.concatenate(values) for what, values in joined.items()}, everybody)
-    return overall | named | {"diverged": sum(diverged.values()).astype(jnp.float32)}
+    for name, own in weights.items():
+        means = mean_metrics(sent.results[name].metrics, own)
+        named |= {f"{what}/{name}": value for what, value in means.items()}
+    joined = {what: sent.metric(what, list(weights)) for what in sent.reported}
+    overall = mean_metrics(joined, jnp.concatenate(list(weights.values())))
+    return overall | named | {"diverged": sum(sent.diverged.values()).astype(jnp.float32)}

@@ -9,8 +9,8 @@ import numpy as np
 from experiments.problems.base import Problem
 from experiments.settings import call
 from fedjax_mtl import tasks
-from fedjax_mtl.algorithms.mocha import check_tasks
 from fedjax_mtl.data import features, task_tables
+from fedjax_mtl.dual_rounds import check_tasks
 
 _DUAL_LOSSES = {
     "hinge": tasks.dual.hinge,

@@ -22,7 +22,7 @@ from fedjax_mtl.lock_step import (
     lock_step,
     slot_offsets,
 )
-from fedjax_mtl.population import client_offsets
+from fedjax_mtl.population import check_group_sizes, client_offsets
 from fedjax_mtl.server.projection import check_choice
 from fedjax_mtl.split import Part, init_parts
 
@@ -80,7 +80,9 @@ def fedbone(
     check_choice("schedule", schedule, tuple(SCHEDULES))
     check_choice("embedding_sync", embedding_sync, SYNCHRONISATIONS)
     check_choice("weighting", weighting, ("uniform", "samples"))
-    _check_sizes(groups, num_steps, batch_size)
+    check_group_sizes(groups)
+    if not batch_size or num_steps < 1 or batch_size < 1:
+        raise ValueError(f"num_steps is {num_steps} and batch_size {batch_size}; give at least 1 of each")
     names = sorted(groups)
     sizes = {name: groups[name].num_clients for name in names}
     server = optax.with_extra_args_support(server)
@@ -165,18 +167,6 @@ def fedbone(
         return size, size
 
     return Algorithm(init, one_round, predict, adapt, traffic, sizes)
-
-
-def _check_sizes(groups: dict[str, SplitGroup], num_steps: int, batch_size: int) -> None:
-    if not groups:
-        raise ValueError("fedbone needs at least one group of clients; groups is empty")
-    for name, group in groups.items():
-        if group.num_clients < 1:
-            raise ValueError(
-                f"group {name!r} has {group.num_clients} clients; a task without clients cannot be learned, drop it"
-            )
-    if not batch_size or num_steps < 1 or batch_size < 1:
-        raise ValueError(f"num_steps is {num_steps} and batch_size {batch_size}; give at least 1 of each")
 
 
 def _trunk_server(

@@ -8,7 +8,7 @@ Every task counts alike, whatever its size (the released code's normalisation; t
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,45 +18,30 @@ from fedjax_mtl import relationships
 from fedjax_mtl.algorithm import Algorithm, client_key
 from fedjax_mtl.batching import epoch_order
 from fedjax_mtl.dual_ascent import (
-    Change,
     Subproblem,
     ascend_until,
     ascend_until_still,
     coordinate_ascent,
-    inexactness_bound,
     no_change,
 )
-from fedjax_mtl.execution import Execution, make_execution, map_clients
-from fedjax_mtl.federation import Cohort, Federation
+from fedjax_mtl.dual_rounds import (
+    MochaNodes,
+    MochaState,
+    apply_changes,
+    local_work,
+    node_block,
+    predict_linear,
+    round_metrics,
+    traffic_of_models,
+    zero_state,
+)
+from fedjax_mtl.execution import Execution
+from fedjax_mtl.federation import Federation
 from fedjax_mtl.relationships import Relationship
 from fedjax_mtl.tasks.dual import DualLoss
 
 PyTree = Any
 Order = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-
-
-class MochaNodes(NamedTuple):
-    """What belongs to the nodes: dual variables ``alpha`` ``[tasks, capacity]``, which never travel, and models ``weights`` ``[tasks, features]``."""
-
-    alpha: jax.Array
-    weights: jax.Array
-
-
-class MochaState(NamedTuple):
-    """The state of MOCHA and of the dual methods it is compared with.
-
-    Attributes:
-        round: int32 ``[]``.
-        clients: the nodes'.
-        dual_sums: ``[tasks, features]``, ``X_t^T alpha_t / n_t``. The model is ``Sigma dual_sums / penalty``.
-        covariance: Sigma ``[tasks, tasks]``. sigma_prime: ``[]``, its bound.
-    """
-
-    round: jax.Array
-    clients: MochaNodes
-    dual_sums: jax.Array
-    covariance: jax.Array
-    sigma_prime: jax.Array
 
 
 def random_order(key: jax.Array, round_index: jax.Array, size: jax.Array, capacity: int) -> jax.Array:
@@ -73,65 +58,6 @@ def cyclic_order(key: jax.Array, round_index: jax.Array, size: jax.Array, capaci
 
 ORDERS = {"random": random_order, "cyclic": cyclic_order}
 BOUNDS = {"row_sum": relationships.row_sum_bound, "eigenvalue": relationships.eigenvalue_bound}
-
-
-class Objective(NamedTuple):
-    """Primal and dual value and their difference, ``[]`` each; ``losses`` ``[tasks]``, each task's mean loss."""
-
-    primal: jax.Array
-    dual: jax.Array
-    gap: jax.Array
-    losses: jax.Array
-
-
-def _node_block(examples: PyTree, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A node's ``inputs [capacity, features]`` and ``labels [capacity]``; linear models are small, so the block is gathered once a round."""
-    return examples["inputs"][rows], examples["labels"][rows].astype(examples["inputs"].dtype)
-
-
-def zero_state(covariance: jax.Array, capacity: int, features: int, sigma_prime: jax.Array) -> MochaState:
-    """Nothing learned yet: alpha and W are 0."""
-    num_tasks, dtype = covariance.shape[0], covariance.dtype
-    models = jnp.zeros((num_tasks, features), dtype)
-    nodes = MochaNodes(jnp.zeros((num_tasks, capacity), dtype), models)
-    return MochaState(jnp.zeros((), jnp.int32), nodes, models, covariance, sigma_prime)
-
-
-def objective(
-    loss: DualLoss,
-    penalty: float | jax.Array,
-    state: MochaState,
-    federation: Federation,
-    *,
-    recomputed: bool = True,
-    execution: Execution | None = None,
-) -> Objective:
-    """``P(W)``, ``D(alpha)`` and the gap of a state on its training data.
-
-    ``D(alpha) = -sum_t mean_i conj(-alpha_ti) - 1 / (2 penalty) tr(B^T Sigma B)`` with ``B = dual_sums``. As long as the weights are those of alpha the gap is never negative and zero at the
-    optimum for this Sigma.
-
-    Args:
-        recomputed: False if the weights are not those of alpha (``fidelity="released"``); the regulariser is then ``penalty / 2 tr(W^T Sigma^-1 W)``
-            in both values, and the dual is no bound.
-    """
-    how = make_execution("vmap") if execution is None else execution
-
-    def one_node(examples, rows, size, alpha, weights):
-        inputs, labels = _node_block(examples, rows)
-        node = Subproblem(inputs, labels, size, alpha, weights, jnp.zeros(()))
-        return node.mean(loss.loss(inputs @ weights, labels)), node.mean(loss.conjugate(alpha, labels))
-
-    losses, conjugates = map_clients(one_node, how)(
-        federation.examples, federation.indices, federation.sizes, *state.clients
-    )
-    weights = state.clients.weights
-    if recomputed:
-        regulariser = jnp.sum(state.dual_sums * weights) / 2
-    else:
-        regulariser = penalty / 2 * jnp.sum(weights * jnp.linalg.solve(state.covariance, weights))
-    primal, dual = jnp.sum(losses) + regulariser, -jnp.sum(conjugates) - regulariser
-    return Objective(primal, dual, primal - dual, losses)
 
 
 def _when(condition: jax.Array, fn: Callable[[PyTree], PyTree], operand: PyTree) -> PyTree:
@@ -262,17 +188,6 @@ def mocha(
     return Algorithm(init, one_round, predict_linear, adapt, traffic_of_models, num_tasks)
 
 
-def predict_linear(state: PyTree, client_ids: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Scores of each node's own model, ``[clients, batch, features] -> [clients, batch]``."""
-    return jnp.einsum("cbf,cf->cb", inputs, state.clients.weights[client_ids])
-
-
-def traffic_of_models(state: PyTree) -> tuple[int, int]:
-    """A node sends and receives one number a feature."""
-    one = state.clients.weights.shape[-1] * state.clients.weights.dtype.itemsize
-    return one, one
-
-
 def _check_settings(
     passes, inexactness, tolerance, aggregation, sigma_prime, relationship, every, dtype
 ) -> None:
@@ -302,98 +217,10 @@ def _check_settings(
 
 
 def sigma_prime_bound(covariance: jax.Array, sigma_prime: str | float, aggregation: float) -> jax.Array:
+    """The bound of ``sigma_prime``, a name in ``BOUNDS`` or a number, ``[]``."""
     if isinstance(sigma_prime, str):
         return aggregation * BOUNDS[sigma_prime](covariance)
     return jnp.asarray(sigma_prime, covariance.dtype)
-
-
-class _Own(NamedTuple):
-    """One node's inputs of a round."""
-
-    client_id: jax.Array
-    rows: jax.Array
-    size: jax.Array
-    budget: jax.Array
-    curvature: jax.Array
-
-
-class LocalWork(NamedTuple):
-    """The nodes' changes, leaves ``[cohort, ...]``, and the bounds of their theta ``[cohort]`` or None."""
-
-    change: Change
-    inexactness: jax.Array | None
-
-
-def local_work(work, loss, state, cohort, curvatures, key, execution, measure) -> LocalWork:
-    """Maps ``work(problem, own, key) -> Change`` over the cohort's nodes."""
-    how = make_execution("vmap") if execution is None else execution
-
-    def one_node(shared, own, alpha, weights):
-        examples, round_key = shared
-        inputs, labels = _node_block(examples, own.rows)
-        problem = Subproblem(inputs, labels, own.size, alpha, weights, own.curvature)
-        change = work(problem, own, client_key(round_key, own.client_id))
-        return LocalWork(change, inexactness_bound(loss, problem, change.alpha) if measure else None)
-
-    ids, data = cohort.client_ids, cohort.federation
-    own = _Own(ids, data.indices, data.sizes, cohort.budgets, curvatures[ids])
-    return map_clients(one_node, how, data.sizes)(
-        (data.examples, key), own, state.clients.alpha[ids], state.clients.weights[ids]
-    )
-
-
-def apply_changes(
-    state: MochaState,
-    cohort: Cohort,
-    change: Change,
-    step: float | jax.Array,
-    penalty: float | jax.Array,
-    recomputed: bool = True,
-) -> MochaState:
-    """Adds ``step`` times the cohort's changes, and brings every node's model, absent or not, up to date.
-
-    A node whose change is not finite counts as absent.
-    """
-    finite = jnp.isfinite(change.combined).all(axis=1) & jnp.isfinite(change.alpha).all(axis=1)
-    there = (cohort.present & finite)[:, None]
-    ids = cohort.client_ids
-    alpha = state.clients.alpha.at[ids].add(jnp.where(there, step * change.alpha, 0))
-    change_of_sums = jnp.zeros_like(state.dual_sums).at[ids].add(jnp.where(there, step * change.combined, 0))
-    dual_sums = state.dual_sums + change_of_sums
-    if recomputed:
-        weights = state.covariance @ dual_sums / penalty
-    else:
-        weights = state.clients.weights + state.covariance @ change_of_sums / penalty
-    return state._replace(round=state.round + 1, clients=MochaNodes(alpha, weights), dual_sums=dual_sums)
-
-
-def round_metrics(loss, penalty, state, cohort, sizes, worked, recomputed, execution) -> dict[str, jax.Array]:
-    steps = jnp.where(cohort.present, worked.change.num_steps, 0)
-    metrics = {
-        "num_steps": jnp.sum(steps).astype(state.dual_sums.dtype),
-        "slowest_steps": jnp.max(steps).astype(state.dual_sums.dtype),
-        "num_examples": jnp.sum(jnp.asarray(sizes)).astype(state.dual_sums.dtype),
-        "sigma_prime": state.sigma_prime,
-    }
-    if worked.inexactness is not None:
-        there = cohort.present & (cohort.federation.sizes > 0)
-        theta = jnp.where(there, worked.inexactness, 0)
-        metrics["inexactness"] = jnp.sum(theta) / jnp.maximum(jnp.sum(there), 1)
-        metrics["worst_inexactness"] = jnp.max(theta)
-    everybody = cohort.client_ids.shape[0] == len(sizes)
-    # The sizes of absent nodes are 0 in their cohort, but the objective counts their examples.
-    ids = cohort.client_ids
-    whole = cohort.federation._replace(sizes=jnp.asarray(sizes)[ids])
-    of_cohort = state._replace(
-        clients=jax.tree.map(lambda x: x[ids], state.clients),
-        dual_sums=state.dual_sums[ids],
-        covariance=state.covariance[ids][:, ids],
-    )
-    value = objective(loss, penalty, of_cohort, whole, recomputed=recomputed, execution=execution)
-    metrics["loss"] = jnp.mean(value.losses)
-    if everybody:
-        metrics |= {"primal": value.primal, "dual": value.dual, "gap": value.gap}
-    return metrics
 
 
 def _pull(covariance: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -458,7 +285,7 @@ def adapt_tasks(
     """The state whose nodes are the newcomers, each ``learn((inputs, labels, size), key)`` as if it were the only one."""
 
     def one(client_id, rows, size):
-        return learn((*_node_block(newcomers.examples, rows), size), client_key(key, client_id))
+        return learn((*node_block(newcomers.examples, rows), size), client_key(key, client_id))
 
     ids = jnp.arange(newcomers.num_clients, dtype=jnp.int32)
     alpha, dual_sums, weights = jax.vmap(one)(ids, newcomers.indices, newcomers.sizes)
@@ -485,26 +312,3 @@ def with_later_task(
         covariance=covariance,
         sigma_prime=sigma_prime_bound(covariance, sigma_prime, aggregation),
     )
-
-
-def check_tasks(federation: Federation, loss: DualLoss) -> None:
-    """Refuses tasks from which nothing can be learned; for launchers, on data that are not abstract.
-
-    Raises:
-        ValueError: a task with a single example, labels other than -1 and 1 in classification, or a task with one class only, naming the task.
-    """
-    labels, rows = np.asarray(federation.examples["labels"]), np.asarray(federation.indices)
-    for task, size in enumerate(np.asarray(federation.sizes)):
-        own = labels[rows[task, :size]]
-        if size < 2:
-            raise ValueError(f"task {task} has {size} training example; drop it, or give it at least 2")
-        if loss.labels != "signs":
-            continue
-        odd = own[np.abs(own) != 1]
-        if odd.size:
-            raise ValueError(f"task {task} has label {odd[0]}; the {loss.name} loss takes -1 and 1")
-        if len(np.unique(own)) < 2:
-            raise ValueError(
-                f"all {size} training labels of task {task} are {own[0]:g}; a classifier needs both classes, drop the task or split "
-                "its data by class"
-            )

@@ -10,22 +10,18 @@ import jax.numpy as jnp
 
 from fedjax_mtl import relationships
 from fedjax_mtl.algorithm import Algorithm
-from fedjax_mtl.algorithms.mocha import (
-    ORDERS,
+from fedjax_mtl.algorithms.mocha import ORDERS, Order, adapt_tasks, later_task, mocha
+from fedjax_mtl.dual_ascent import Subproblem, coordinate_ascent, no_change
+from fedjax_mtl.dual_rounds import (
     MochaNodes,
     MochaState,
-    Order,
-    adapt_tasks,
     apply_changes,
-    later_task,
     local_work,
-    mocha,
     predict_linear,
     round_metrics,
     traffic_of_models,
     zero_state,
 )
-from fedjax_mtl.dual_ascent import Subproblem, coordinate_ascent, no_change
 from fedjax_mtl.execution import Execution, make_execution, map_clients
 from fedjax_mtl.federation import NO_BUDGET, Cohort
 from fedjax_mtl.relationships import Relationship

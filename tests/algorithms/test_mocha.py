@@ -14,7 +14,7 @@ from mocha_problems import every_fourth_is_test, federate, reference_data, relat
 
 from experiments.mocha_twin import Twin
 from fedjax_mtl import make_execution, relationships, sampling, simulate
-from fedjax_mtl.algorithms.mocha import check_tasks, mocha, objective, with_later_task
+from fedjax_mtl.algorithms.mocha import mocha, with_later_task
 from fedjax_mtl.algorithms.mocha_baselines import (
     cocoa,
     global_model,
@@ -29,6 +29,7 @@ from fedjax_mtl.dual_ascent import (
     local_gap,
     local_objective,
 )
+from fedjax_mtl.dual_rounds import check_tasks, objective
 from fedjax_mtl.tasks import dual
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
