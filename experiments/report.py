@@ -155,10 +155,16 @@ def _pool(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return {**summaries[0], "metrics": pooled, "seeds": seeds}
 
 
-def _without_seed(name: str) -> str:
-    """The name of a sweep's directory without its part for ``data.seed``, unless there is nothing else."""
-    parts = [part for part in name.split("-") if not part.startswith("data.seed=")]
-    return "-".join(parts) or name
+def _names(directories: list[pathlib.Path]) -> dict[pathlib.Path, str]:
+    """The names of a sweep's directories without their part for ``data.seed``, where these still differ."""
+    short = [
+        "-".join(part for part in directory.name.split("-") if not part.startswith("data.seed="))
+        for directory in directories
+    ]
+    return {
+        directory: name if name and short.count(name) == 1 else directory.name
+        for directory, name in zip(directories, short, strict=True)
+    }
 
 
 def group(directories: list[pathlib.Path]) -> list[Runs]:
@@ -169,6 +175,7 @@ def group(directories: list[pathlib.Path]) -> list[Runs]:
         groups.setdefault(json.dumps(_settings(directory)[0], sort_keys=True), []).append(directory)
     algorithms = [load(members[0])["algorithm"] for members in groups.values()]
     by_algorithm = len(set(algorithms)) == len(algorithms)
+    names = _names([members[0] for members in groups.values()])
     runs = []
     for members, algorithm in zip(groups.values(), algorithms, strict=True):
         rows = [
@@ -176,7 +183,7 @@ def group(directories: list[pathlib.Path]) -> list[Runs]:
             for directory in members
             for row in workdir.read_rows(directory / "metrics.jsonl")
         ]
-        name = algorithm if by_algorithm else _without_seed(members[0].name)
+        name = algorithm if by_algorithm else names[members[0]]
         runs.append(Runs(name, members, _pool([load(d) for d in members]), rows))
     if len({run.name for run in runs}) != len(runs):
         raise ValueError(
@@ -278,9 +285,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
     parser.add_argument("--reference", help="the run over which the others' improvement (Delta_m) is given")
-    parser.add_argument("--rounds", nargs="*", type=int, default=(), help="where, if not at the last round")
+    parser.add_argument(
+        "--rounds",
+        nargs="+",
+        type=int,
+        default=(),
+        help="where the improvement is given; default: at the last",
+    )
     parser.add_argument("--target", help="metric=value: count the rounds to it")
     arguments = parser.parse_args(argv)
+    if arguments.rounds and arguments.reference is None:
+        parser.error(
+            "--rounds says where the improvement over a run is given; name that run with --reference"
+        )
     try:
         report(arguments.workdirs, arguments.output, arguments.reference, arguments.target, arguments.rounds)
     except (FileNotFoundError, ValueError) as error:

@@ -1,8 +1,13 @@
 """A round of the methods in the dual: their state, its objective, the nodes' work and what the server does with it.
 
-MOCHA (arXiv 1705.10467), CoCoA and mini-batch SDCA differ in what a node does and how its change is scaled; all else is here.
+MOCHA (arXiv 1705.10467), CoCoA and mini-batch SDCA minimise
+
+    P(W) = sum_t mean_i loss(w_t . x_ti, y_ti) + penalty / 2 tr(W^T Omega W),    Sigma = Omega^-1
+
+with one linear model a task, every task counting alike. They differ in what a node does and how its change is scaled; all else is here.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +23,14 @@ from fedjax_mtl.tasks.dual import DualLoss
 PyTree = Any
 
 
-class MochaNodes(NamedTuple):
+class DualNodes(NamedTuple):
     """What belongs to the nodes: dual variables ``alpha`` ``[tasks, capacity]``, which never travel, and models ``weights`` ``[tasks, features]``."""
 
     alpha: jax.Array
     weights: jax.Array
 
 
-class MochaState(NamedTuple):
+class DualState(NamedTuple):
     """The state of MOCHA and of the dual methods it is compared with.
 
     Attributes:
@@ -36,7 +41,7 @@ class MochaState(NamedTuple):
     """
 
     round: jax.Array
-    clients: MochaNodes
+    clients: DualNodes
     dual_sums: jax.Array
     covariance: jax.Array
     sigma_prime: jax.Array
@@ -56,18 +61,18 @@ def node_block(examples: PyTree, rows: jax.Array) -> tuple[jax.Array, jax.Array]
     return examples["inputs"][rows], examples["labels"][rows].astype(examples["inputs"].dtype)
 
 
-def zero_state(covariance: jax.Array, capacity: int, features: int, sigma_prime: jax.Array) -> MochaState:
+def zero_state(covariance: jax.Array, capacity: int, features: int, sigma_prime: jax.Array) -> DualState:
     """Nothing learned yet: alpha and W are 0."""
     num_tasks, dtype = covariance.shape[0], covariance.dtype
     models = jnp.zeros((num_tasks, features), dtype)
-    nodes = MochaNodes(jnp.zeros((num_tasks, capacity), dtype), models)
-    return MochaState(jnp.zeros((), jnp.int32), nodes, models, covariance, sigma_prime)
+    nodes = DualNodes(jnp.zeros((num_tasks, capacity), dtype), models)
+    return DualState(jnp.zeros((), jnp.int32), nodes, models, covariance, sigma_prime)
 
 
 def objective(
     loss: DualLoss,
     penalty: float | jax.Array,
-    state: MochaState,
+    state: DualState,
     federation: Federation,
     *,
     recomputed: bool = True,
@@ -129,8 +134,21 @@ class LocalWork(NamedTuple):
     inexactness: jax.Array | None
 
 
-def local_work(work, loss, state, cohort, curvatures, key, execution, measure) -> LocalWork:
-    """Maps ``work(problem, own, key) -> Change`` over the cohort's nodes."""
+def local_work(
+    work: Callable[[Subproblem, Any, jax.Array], Change],
+    loss: DualLoss,
+    state: DualState,
+    cohort: Cohort,
+    curvatures: jax.Array,
+    key: jax.Array,
+    execution: Execution | None,
+    measure: bool,
+) -> LocalWork:
+    """Maps ``work(problem, own, key) -> Change`` over the cohort's nodes.
+
+    Args:
+        curvatures: ``[tasks]``, of each node's subproblem. measure: whether to bound theta, how inexactly each was solved.
+    """
     how = make_execution("vmap") if execution is None else execution
 
     def one_node(shared, own, alpha, weights):
@@ -148,13 +166,13 @@ def local_work(work, loss, state, cohort, curvatures, key, execution, measure) -
 
 
 def apply_changes(
-    state: MochaState,
+    state: DualState,
     cohort: Cohort,
     change: Change,
     step: float | jax.Array,
     penalty: float | jax.Array,
     recomputed: bool = True,
-) -> MochaState:
+) -> DualState:
     """Adds ``step`` times the cohort's changes, and brings every node's model, absent or not, up to date.
 
     A node whose change is not finite counts as absent.
@@ -169,10 +187,19 @@ def apply_changes(
         weights = state.covariance @ dual_sums / penalty
     else:
         weights = state.clients.weights + state.covariance @ change_of_sums / penalty
-    return state._replace(round=state.round + 1, clients=MochaNodes(alpha, weights), dual_sums=dual_sums)
+    return state._replace(round=state.round + 1, clients=DualNodes(alpha, weights), dual_sums=dual_sums)
 
 
-def round_metrics(loss, penalty, state, cohort, sizes, worked, recomputed, execution) -> dict[str, jax.Array]:
+def round_metrics(
+    loss: DualLoss,
+    penalty: float | jax.Array,
+    state: DualState,
+    cohort: Cohort,
+    sizes: jax.Array,
+    worked: LocalWork,
+    recomputed: bool,
+    execution: Execution | None,
+) -> dict[str, jax.Array]:
     """What a round of a dual method reports: work, bounds, loss, and, when everybody takes part, primal, dual and gap; scalars."""
     steps = jnp.where(cohort.present, worked.change.num_steps, 0)
     metrics = {

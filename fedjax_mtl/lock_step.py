@@ -67,10 +67,11 @@ class RoundOutcome(NamedTuple):
 Advance = Callable[..., LockStep]
 Serve = Callable[..., tuple[PyTree, optax.OptState]]
 Cohorts = dict[str, Cohort]
+Clients = dict[str, SplitClientState]
 
 
-class Schedule(NamedTuple):
-    """What a round is made of.
+class RoundParts(NamedTuple):
+    """What the schedules make a round of.
 
     Attributes:
         advance: ``(trunk, clients, cohorts, key) -> LockStep``, see :func:`lock_step`; ``advance_apart`` takes a trunk for every client.
@@ -111,7 +112,7 @@ def _by_group(tree: PyTree, cohorts: Cohorts) -> dict[str, PyTree]:
     return {n: jax.tree.map(lambda x, n=n: x[starts[n] : ends[n]], tree) for n in starts}
 
 
-def draw_batches(cohort: Cohort, batch_size: int, key: jax.Array) -> Batch:
+def _draw_batches(cohort: Cohort, batch_size: int, key: jax.Array) -> Batch:
     """A fresh batch of every client of a cohort, leaves ``[clients, batch, ...]``; a client's does not depend on its slot."""
 
     def draw(inputs):
@@ -159,7 +160,7 @@ def lock_step(
         own_trunks = _by_group(trunk_params, cohorts) if trunks_apart else dict.fromkeys(groups, trunk_params)
         moved, gradients, losses, counts = {}, [], [], []
         for index, name in enumerate(sorted(groups)):
-            batches = draw_batches(cohorts[name], batch_size, jax.random.fold_in(key, index))
+            batches = _draw_batches(cohorts[name], batch_size, jax.random.fold_in(key, index))
             step = jax.vmap(
                 lambda own, params, batch, group=groups[name]: one_client(group, own, params, batch),
                 (0, 0 if trunks_apart else None, 0),
@@ -176,7 +177,12 @@ def lock_step(
 
 
 def serve_every_step(
-    parts: Schedule, params: PyTree, server: optax.OptState, clients: PyTree, cohorts: Cohorts, key: jax.Array
+    parts: RoundParts,
+    params: PyTree,
+    server: optax.OptState,
+    clients: Clients,
+    cohorts: Cohorts,
+    key: jax.Array,
 ) -> RoundOutcome:
     """A server step after each step of the clients."""
 
@@ -187,7 +193,7 @@ def serve_every_step(
         params, server = parts.serve(
             params, server, step.gradients, step.losses, step.counts, cohorts, server_key
         )
-        return (params, server, step.clients), (step.losses, step.counts, aggregation_statistics(server))
+        return (params, server, step.clients), (step.losses, step.counts, _aggregation_statistics(server))
 
     (params, server, clients), (losses, counts, statistics) = jax.lax.scan(
         body, (params, server, clients), jax.random.split(key, parts.num_steps)
@@ -196,7 +202,12 @@ def serve_every_step(
 
 
 def serve_the_mean(
-    parts: Schedule, params: PyTree, server: optax.OptState, clients: PyTree, cohorts: Cohorts, key: jax.Array
+    parts: RoundParts,
+    params: PyTree,
+    server: optax.OptState,
+    clients: Clients,
+    cohorts: Cohorts,
+    key: jax.Array,
 ) -> RoundOutcome:
     """The trunk stands still in a round; the server gets each client's mean gradient."""
     keys = jax.random.split(key, parts.num_steps + 1)  # the server's, and one a step
@@ -214,11 +225,16 @@ def serve_the_mean(
     mean = trees.scale_clients(1 / jnp.maximum(number, 1), total)
     seen = jnp.mean(losses, axis=0, where=counts)
     params, server = parts.serve(params, server, mean, seen, number > 0, cohorts, keys[0])
-    return RoundOutcome(params, server, clients, losses, counts, aggregation_statistics(server))
+    return RoundOutcome(params, server, clients, losses, counts, _aggregation_statistics(server))
 
 
 def serve_the_drift(
-    parts: Schedule, params: PyTree, server: optax.OptState, clients: PyTree, cohorts: Cohorts, key: jax.Array
+    parts: RoundParts,
+    params: PyTree,
+    server: optax.OptState,
+    clients: Clients,
+    cohorts: Cohorts,
+    key: jax.Array,
 ) -> RoundOutcome:
     """Each client's copy of the trunk takes SGD steps; the server gets (start - end) / (rate * steps)."""
     keys = jax.random.split(key, parts.num_steps + 1)  # the server's, and one a step
@@ -235,13 +251,13 @@ def serve_the_drift(
     drift = optax.tree.scale(1 / (rate * parts.num_steps), optax.tree.sub(start, copies))
     seen = jnp.mean(losses, axis=0, where=counts)
     params, server = parts.serve(params, server, drift, seen, jnp.any(counts, axis=0), cohorts, keys[0])
-    return RoundOutcome(params, server, clients, losses, counts, aggregation_statistics(server))
+    return RoundOutcome(params, server, clients, losses, counts, _aggregation_statistics(server))
 
 
 SCHEDULES = {"step": serve_every_step, "round": serve_the_mean, "drift": serve_the_drift}
 
 
-def aggregation_statistics(server_state: PyTree) -> dict[str, jax.Array]:
+def _aggregation_statistics(server_state: PyTree) -> dict[str, jax.Array]:
     """What GPAggregation reported last, wherever it stands in the server's chain; nothing if it is not there."""
     states = jax.tree.leaves(server_state, is_leaf=lambda s: isinstance(s, GPAggregationState))
     found = [s.statistics for s in states if isinstance(s, GPAggregationState)]

@@ -100,7 +100,7 @@ def put_clients(tree: PyTree, client_ids: jax.Array, rows: PyTree, present: jax.
 
 def weighted_sum(weights: jax.Array, tree: PyTree) -> PyTree:
     """``sum_c weights[c] * leaf[c]`` for every leaf, ``[clients, ...] -> [...]``."""
-    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1), tree)
+    return mix_clients(weights, tree)
 
 
 def where(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
@@ -127,8 +127,15 @@ def scale_clients(factors: jax.Array, tree: PyTree) -> PyTree:
 
 
 def mix_clients(coefficients: jax.Array, tree: PyTree) -> PyTree:
-    """Linear combinations of the clients' rows, ``[rows, clients], [clients, ...] -> [rows, ...]``."""
-    return jax.tree.map(lambda leaf: jnp.tensordot(coefficients.astype(leaf.dtype), leaf, 1), tree)
+    """Linear combinations of the clients' rows, ``[rows, clients], [clients, ...] -> [rows, ...]``.
+
+    In full precision on every device: some round the factors of a matrix product unless told not to.
+    """
+
+    def mix(leaf):
+        return jnp.tensordot(coefficients.astype(leaf.dtype), leaf, 1, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.tree.map(mix, tree)
 
 
 def inner_products(first: PyTree, second: PyTree) -> jax.Array:

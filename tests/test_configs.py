@@ -126,6 +126,12 @@ def test_quick_variants_run(name, prepared, tmp_path):
     assert (tmp_path / name / "curves.png").stat().st_size > 1000
 
 
+def test_fedbone_builds_from_its_config(tmp_path):
+    """What can be had of the slow one in seconds: everything is built, and a round traced."""
+    config = get("fedbone_scenes", **{"data.data_dir": str(tmp_path)})
+    assert run.prepare(config).algorithm.num_clients == {"A_depth": 1, "B_semseg": 1}
+
+
 def test_full_variants_carry_the_papers_settings():
     settings = {name: importlib.import_module(f"configs.{name}").get_config() for name in CONFIGS}
     clients = {name: c.data.get("num_clients") for name, c in settings.items()}

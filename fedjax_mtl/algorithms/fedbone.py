@@ -15,7 +15,7 @@ from fedjax_mtl.algorithm import Algorithm, check_step
 from fedjax_mtl.lock_step import (
     SCHEDULES,
     Cohorts,
-    Schedule,
+    RoundParts,
     Serve,
     SplitClientState,
     SplitGroup,
@@ -100,7 +100,7 @@ def fedbone(
         )
 
     serve = _trunk_server(server, client_offsets(sizes), weighting)
-    parts = Schedule(step_of_all(False), step_of_all(True), serve, num_steps, trunk_learning_rate)
+    parts = RoundParts(step_of_all(False), step_of_all(True), serve, num_steps, trunk_learning_rate)
 
     def init(key):
         trunk_key, lower_key, upper_key = jax.random.split(key, 3)

@@ -25,8 +25,8 @@ from fedjax_mtl.dual_ascent import (
     no_change,
 )
 from fedjax_mtl.dual_rounds import (
-    MochaNodes,
-    MochaState,
+    DualNodes,
+    DualState,
     apply_changes,
     local_work,
     node_block,
@@ -234,7 +234,7 @@ def later_task(
     loss: DualLoss,
     penalty: float | jax.Array,
     relationship: Relationship,
-    state: MochaState,
+    state: DualState,
     task: tuple[jax.Array, jax.Array, jax.Array],
     passes: int,
     key: jax.Array,
@@ -278,10 +278,10 @@ def later_task(
 
 def adapt_tasks(
     learn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
-    state: MochaState,
+    state: DualState,
     newcomers: Federation,
     key: jax.Array,
-) -> MochaState:
+) -> DualState:
     """The state whose nodes are the newcomers, each ``learn((inputs, labels, size), key)`` as if it were the only one."""
 
     def one(client_id, rows, size):
@@ -289,17 +289,17 @@ def adapt_tasks(
 
     ids = jnp.arange(newcomers.num_clients, dtype=jnp.int32)
     alpha, dual_sums, weights = jax.vmap(one)(ids, newcomers.indices, newcomers.sizes)
-    return state._replace(clients=MochaNodes(alpha, weights), dual_sums=dual_sums)
+    return state._replace(clients=DualNodes(alpha, weights), dual_sums=dual_sums)
 
 
 def with_later_task(
-    state: MochaState,
+    state: DualState,
     relationship: Relationship,
     penalty: float | jax.Array,
     *,
     sigma_prime: str | float = "row_sum",
     aggregation: float = 1.0,
-) -> MochaState:
+) -> DualState:
     """The state with one task more, untrained, for training on with everybody: :func:`mocha` made for the larger federation takes it up.
 
     The dual variables of the others stay; their models are those of the extended relation.
@@ -307,7 +307,7 @@ def with_later_task(
     covariance = relationship.extend(state.covariance)
     grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), (0, 0))), (state.clients.alpha, state.dual_sums))
     return state._replace(
-        clients=MochaNodes(grown[0], covariance @ grown[1] / penalty),
+        clients=DualNodes(grown[0], covariance @ grown[1] / penalty),
         dual_sums=grown[1],
         covariance=covariance,
         sigma_prime=sigma_prime_bound(covariance, sigma_prime, aggregation),

@@ -13,8 +13,8 @@ from fedjax_mtl.algorithm import Algorithm
 from fedjax_mtl.algorithms.mocha import ORDERS, Order, adapt_tasks, later_task, mocha
 from fedjax_mtl.dual_ascent import Subproblem, coordinate_ascent, no_change
 from fedjax_mtl.dual_rounds import (
-    MochaNodes,
-    MochaState,
+    DualNodes,
+    DualState,
     apply_changes,
     local_work,
     predict_linear,
@@ -231,7 +231,7 @@ def minibatch_sgd(
 
         # Subproblems hold a node's data; its dual variables are not used.
         unused = jnp.zeros((num_tasks, capacity), dtype)
-        seen = state._replace(clients=MochaNodes(unused, state.clients.weights))
+        seen = state._replace(clients=DualNodes(unused, state.clients.weights))
         zeros = jnp.zeros(num_tasks, dtype)
         worked = local_work(summed_gradient, loss, seen, cohort, zeros, key, execution, False)
         steps = jnp.where(cohort.present, worked.change.num_steps, 0)
@@ -286,7 +286,7 @@ class PooledState(NamedTuple):
 
     round: jax.Array
     clients: PrimalNodes
-    pool: MochaState
+    pool: DualState
 
 
 # How MOCHA's released code trains the models that it compares with.

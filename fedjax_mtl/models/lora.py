@@ -151,7 +151,7 @@ def merge(params: PyTree, *, rank: int, alpha: float | None = None) -> PyTree:
     scale = 1.0 if alpha is None else alpha / rank
     leaves = trees.leaves_by_path(params["base"])
     low = trees.leaves_by_path(params["adapters"])
-    for path in {path[:-1] for path in low}:
+    for path in dict.fromkeys(path[:-1] for path in low):
         product = low[(*path, "a")] @ low[(*path, "b")]
         kernel = leaves[(*path, "kernel")]
         leaves[(*path, "kernel")] = kernel + (scale * product).astype(kernel.dtype)

@@ -55,7 +55,7 @@ def projection_coefficients(gram: jax.Array, orders: jax.Array) -> jax.Array:
     def project(index, partners):
         def visit(m, coefficients):
             j = partners[m]
-            product = coefficients @ gram[:, j]
+            product = jnp.dot(coefficients, gram[:, j], precision=jax.lax.Precision.HIGHEST)
             squared = gram[j, j]
             conflict = (product < 0) & (j != index) & (squared > 0)
             step = jnp.where(conflict, product / jnp.where(squared > 0, squared, 1), 0)
@@ -91,7 +91,7 @@ def project_conflicts(
         normalise: ``none``; ``unit``, every update scaled to length 1 first, as FMTL-Bench's released code does (the step's length is lost); or
             ``restore``, that times the mean length of the updates.
         average: True gives what a following ``average_clients()`` would, ``[clients, ...] -> [...]``, from one row of coefficients: the projected
-            updates are never formed, which halves the memory of a large cohort.
+            updates are never formed, which halves the memory of a large cohort. No averaging follows then.
 
     Extra arguments used: ``key``, ``client_ids``, ``present``, and ``weights`` of the average. Raises ValueError: an unknown choice, or no key for
     random order.
@@ -123,7 +123,7 @@ def project_conflicts(
         def project(part):
             coefficients = coefficients_of(trees.inner_products(part, part), orders, number)
             if average:
-                return trees.weighted_sum(mean @ coefficients, part)
+                return trees.weighted_sum(trees.weighted_sum(mean, coefficients), part)
             return trees.mix_clients(coefficients, part)
 
         return _granular(granularity, project, updates), state

@@ -162,7 +162,7 @@ def test_feddea_improves_its_hosts_on_every_draw():
 
 
 def test_feddea_improves_fedavg_with_its_best_step():
-    """Selection in every layer, a server step of 3 (chosen on draws 10 to 12), against the best of FedAvg's steps on the draws judged here: 0.9 points, with a standard error of 0.2."""
+    """Selection in every layer, a server step of 3 (chosen on draws 10 to 12), against the best of FedAvg's steps on the draws judged here."""
     plain, decoupled = scores(), scores([server.decouple_updates(0.3, scope="layer")])
     local = scores(personal=trees.everything, num_rounds=30)
     hosts, ours = [], []
