@@ -97,13 +97,24 @@ def small_files(config, prepared, tmp_path):
         config.data.update(max_length=26, longest_prompt=26, max_new_tokens=4)
 
 
-# These trace and compile for most of a minute.
-SLOW = ("fedbone_scenes",)
+def slow(*values):
+    """A parameter for the long runs."""
+    return pytest.param(*values, marks=pytest.mark.claim)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.claim if name in SLOW else ()) for name in CONFIGS]
-)
+# These compile for long, or compute much; they are prepared by default, and run with the claims.
+SLOW = ("fedbone_scenes", "fedem_cifar10", "fedem_cifar100", "mira_dolly_gpt2", "mira_instructions")
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_quick_variants_are_prepared(name, prepared, tmp_path):
+    """Everything is built, and a round traced."""
+    config = get(name)
+    small_files(config, prepared, tmp_path)
+    assert run.num_clients(run.prepare(config).problem.splits.train)
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CONFIGS])
 def test_quick_variants_run(name, prepared, tmp_path):
     config = get(name)
     config.seeds = (0,)
@@ -124,12 +135,6 @@ def test_quick_variants_run(name, prepared, tmp_path):
         expected["task_table"] = {"rmse", "loss"}
     assert expected.get(config.data.name, {"accuracy", "accuracy_bottom_decile", "loss"}) <= set(final)
     assert (tmp_path / name / "curves.png").stat().st_size > 1000
-
-
-def test_fedbone_builds_from_its_config(tmp_path):
-    """What can be had of the slow one in seconds: everything is built, and a round traced."""
-    config = get("fedbone_scenes", **{"data.data_dir": str(tmp_path)})
-    assert run.prepare(config).algorithm.num_clients == {"A_depth": 1, "B_semseg": 1}
 
 
 def test_full_variants_carry_the_papers_settings():
@@ -197,7 +202,7 @@ GRADNORM_ALGORITHMS = ("equal_weights", "fedper", "fedrep", "local")
     + [("fedgradnorm_tasks", a) for a in GRADNORM_ALGORITHMS]
     + [("hota_fedgradnorm", "hota_equal_weights")]
     + [("mocha_stragglers", a) for a in DUAL_ALGORITHMS]
-    + [("mira_chains", a) for a in ADAPTER_ALGORITHMS],
+    + [slow("mira_chains", a) for a in ADAPTER_ALGORITHMS],
 )
 def test_baselines_run_beside_their_system(config_name, algorithm, tmp_path):
     config = get(config_name)
