@@ -135,7 +135,7 @@ def local_losses(
     def block_at(start):
         positions = start + jnp.arange(width)
         block = losses(params, gather(client, jnp.minimum(positions, capacity - 1)), None)
-        real = (positions < client.size).reshape((-1,) + (1,) * (block.ndim - 1))
+        real = trees.along_first_axis(positions < client.size, block)
         return jnp.where(real, block, 0)
 
     def one(carry):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl import trees
 from fedjax_mtl.algorithm import Algorithm
 from fedjax_mtl.execution import Execution, map_clients
 from fedjax_mtl.federation import Federation, Population
@@ -23,7 +24,7 @@ def _statistics(measures, outputs, labels):
 
 
 def _sum_real(values: jax.Array, real: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(real.reshape((-1,) + (1,) * (values.ndim - 1)), values, 0), axis=0)
+    return jnp.sum(jnp.where(trees.along_first_axis(real, values), values, 0), axis=0)
 
 
 def _finish(measure, total, size):

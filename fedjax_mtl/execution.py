@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from fedjax_mtl import trees
+
 PyTree = Any
 
 MODES = ("vmap", "map", "chunk", "loop")
@@ -97,7 +99,7 @@ def _add_sum(total: PyTree, terms: PyTree, real: jax.Array) -> PyTree:
     """Adds the real ones of the stacked terms ``[chunk, ...]`` to the total."""
 
     def add(t, x):
-        mask = real.reshape((-1,) + (1,) * (x.ndim - 1))
+        mask = trees.along_first_axis(real, x)
         return t + jnp.sum(jnp.where(mask, x, 0), axis=0)
 
     return jax.tree.map(add, total, terms)

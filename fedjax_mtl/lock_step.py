@@ -95,12 +95,6 @@ def _num_slots(cohorts: Cohorts) -> int:
     return sum(cohort.present.shape[0] for cohort in cohorts.values())
 
 
-def _where_clients(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), if_true, if_false
-    )
-
-
 def _join(parts: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
@@ -167,7 +161,7 @@ def lock_step(
             )
             new, gradient, loss = step(clients[name], own_trunks[name], batches)
             counting = cohorts[name].present & jax.vmap(is_finite)((gradient, loss, new.lower, new.upper))
-            moved[name] = _where_clients(counting, new, clients[name])
+            moved[name] = trees.where_clients(counting, new, clients[name])
             gradients.append(gradient)
             losses.append(loss)
             counts.append(counting)
@@ -245,7 +239,7 @@ def serve_the_drift(
         clients, copies = carry
         step = parts.advance_apart(copies, clients, cohorts, step_key)
         moved = jax.tree.map(lambda c, g: c - rate * g, copies, step.gradients)
-        return (step.clients, _where_clients(step.counts, moved, copies)), (step.losses, step.counts)
+        return (step.clients, trees.where_clients(step.counts, moved, copies)), (step.losses, step.counts)
 
     (clients, copies), (losses, counts) = jax.lax.scan(body, (clients, start), keys[1:])
     drift = optax.tree.scale(1 / (rate * parts.num_steps), optax.tree.sub(start, copies))

@@ -114,16 +114,26 @@ def flat_clients(tree: PyTree) -> jax.Array:
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 
+def along_first_axis(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """One value a row, ``[rows]``, in the shape that broadcasts against a leaf ``[rows, ...]``."""
+    return values.reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+
+def where_clients(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """``jnp.where`` client by client, ``[clients], [clients, ...], [clients, ...] -> [clients, ...]``."""
+    return jax.tree.map(lambda a, b: jnp.where(along_first_axis(condition, a), a, b), if_true, if_false)
+
+
 def mask_clients(tree: PyTree, present: jax.Array | None) -> PyTree:
     """Zeroes the rows of absent clients, ``[clients, ...]``, whatever they hold; ``None`` means that all are present."""
     if present is None:
         return tree
-    return jax.tree.map(lambda x: jnp.where(present.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0), tree)
+    return jax.tree.map(lambda x: jnp.where(along_first_axis(present, x), x, 0), tree)
 
 
 def scale_clients(factors: jax.Array, tree: PyTree) -> PyTree:
     """``factors[c] * leaf[c]`` for every leaf, ``[clients], [clients, ...] -> [clients, ...]``."""
-    return jax.tree.map(lambda x: factors.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1)) * x, tree)
+    return jax.tree.map(lambda x: along_first_axis(factors.astype(x.dtype), x) * x, tree)
 
 
 def mix_clients(coefficients: jax.Array, tree: PyTree) -> PyTree:

@@ -52,7 +52,7 @@ class HyperOptimizer(NamedTuple):
         gradient = jnp.where((values >= 0) & (values <= 1), -agreement, 0)
         moved_velocity = self.momentum * velocity + gradient + self.weight_decay * values
         moved = values - self.learning_rate * moved_velocity
-        due = (present & weights.known[ids]).reshape((-1,) + (1,) * (values.ndim - 1))
+        due = trees.along_first_axis(present & weights.known[ids], values)
         values, velocity = jnp.where(due, moved, values), jnp.where(due, moved_velocity, velocity)
         both = trees.put_clients((weights.values, weights.velocity), ids, (values, velocity), present)
         known = (

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_mtl import trees
+
 
 def _sorted_present(leaf: jax.Array, present: jax.Array) -> jax.Array:
     """Sorts along the client axis with absent clients (and NaNs) last."""
-    shown = present.reshape((-1,) + (1,) * (leaf.ndim - 1))
+    shown = trees.along_first_axis(present, leaf)
     return jnp.sort(jnp.where(shown, leaf, jnp.inf), axis=0)
 
 
@@ -58,7 +60,7 @@ def trimmed_mean(trim: float = 0.1) -> optax.GradientTransformationExtraArgs:
 
         def mean(leaf):
             ordered = _sorted_present(leaf, there)
-            shown = inside.reshape((-1,) + (1,) * (leaf.ndim - 1))
+            shown = trees.along_first_axis(inside, leaf)
             return jnp.sum(jnp.where(shown, ordered, 0), axis=0) / jnp.maximum(number - 2 * cut, 1).astype(
                 leaf.dtype
             )

@@ -35,7 +35,7 @@ def over_the_air_sum(
     def receive(gradient, gain, noise):
         clear = jnp.square(gain) >= threshold
         if active is not None:
-            clear = clear & active.reshape((-1,) + (1,) * (gain.ndim - 1))
+            clear = clear & trees.along_first_axis(active, gain)
         sent = jnp.where(clear, transmit_scale * gradient / jnp.where(clear, gain, 1), 0)
         count = jnp.sum(clear, axis=0)
         received = jnp.sum(gain * sent, axis=0) + noise
