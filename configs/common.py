@@ -56,10 +56,14 @@ def experiment(
     )
     # mode: auto, vmap, map, chunk (with chunk clients at a time) or loop; chunk 0 is none.
     # precision: single, or double for optimisation to small gaps.
-    config.execution = ConfigDict({"mode": "auto", "chunk": 0, "num_devices": 1, "precision": "single"})
+    config.execution = ConfigDict(
+        {"mode": "auto", "chunk": 0, "num_devices": 1, "precision": "single"}
+    )
     # Failures and stragglers: a client drops out of a round with drop_probability; it makes at most a share, uniform in low..high, of one pass of
     # single examples (low = high = 1: no limit), of its own or of the smallest client's.
-    config.systems = ConfigDict({"drop_probability": 0.0, "low": 1.0, "high": 1.0, "of_smallest": False})
+    config.systems = ConfigDict(
+        {"drop_probability": 0.0, "low": 1.0, "high": 1.0, "of_smallest": False}
+    )
     config.cohort_size = 0  # 0: everybody
     config.num_rounds = num_rounds
     config.eval_every = eval_every
@@ -152,7 +156,9 @@ def hota_algorithms(noise: float, fading: tuple[float, ...]) -> dict[str, Any]:
     }
 
 
-def population_algorithms(name: str, *, learning_rate: float, shared: str = "all") -> dict[str, Any]:
+def population_algorithms(
+    name: str, *, learning_rate: float, shared: str = "all"
+) -> dict[str, Any]:
     """Systems and baselines for clients with different tasks; ``shared`` is what FedAvg and its kin average, ``all`` or ``encoder``."""
 
     def averaging(**changes: Any) -> dict[str, Any]:
@@ -237,7 +243,13 @@ def preparation(loss: str, *, seed: int, **changes: Any) -> dict[str, Any]:
 
 
 def adapter_algorithms(
-    name: str, *, learning_rate: float, prompt_learning_rate: float, strength: float, graph: str, **lora: Any
+    name: str,
+    *,
+    learning_rate: float,
+    prompt_learning_rate: float,
+    strength: float,
+    graph: str,
+    **lora: Any,
 ) -> dict[str, Any]:
     """MIRA and what it is compared with; ``lora`` are the adapters' targets, rank, alpha, dropout and deviation."""
     tuning = {"learning_rate": learning_rate, "dropout": 0.0, "deviation": 0.0, **lora}
@@ -275,7 +287,12 @@ def relational_algorithms(learning_rate: float) -> dict[str, Any]:
             "initial": 0.1,
             "hyper_learning_rate": 0.01,
         },
-        "fedmtl": {"learning_rate": learning_rate, "penalty": 0.0, "regulariser": "sum", "fidelity": "paper"},
+        "fedmtl": {
+            "learning_rate": learning_rate,
+            "penalty": 0.0,
+            "regulariser": "sum",
+            "fidelity": "paper",
+        },
         "fedu": {
             "learning_rate": learning_rate,
             "graph": "learned",
@@ -318,7 +335,13 @@ def fedem_training() -> dict[str, Any]:
 
 
 def image_experiment(
-    source: str, *, quick: bool, fraction: float, partition: str, num_clients: int, **learning_rates: float
+    source: str,
+    *,
+    quick: bool,
+    fraction: float,
+    partition: str,
+    num_clients: int,
+    **learning_rates: float,
 ) -> ml_collections.ConfigDict:
     """FedEM on an image set that TFDS has prepared: the released CNN, 200 rounds, a fifth of the clients held out.
 

@@ -16,7 +16,9 @@ def get_config(variant: str | None = None):
         "path": "",
         "preparation": common.preparation("squared", seed=options.data_seed, standardise="pooled"),
     }
-    algorithm = common.dual_algorithms("mocha", penalty=1.0, relation="mean", coupling=2.0, ridge=0.001)
+    algorithm = common.dual_algorithms(
+        "mocha", penalty=1.0, relation="mean", coupling=2.0, ridge=0.001
+    )
     for name in ("local_models", "global_model"):
         algorithm[name]["penalty"] = 0.1 if name == "local_models" else 0.001
     # The tightest safe bound: coupling is strong here.

@@ -23,7 +23,9 @@ def get_config(variant: str | None = None):
         "seed": options.data_seed,
         "preparation": common.preparation("hinge", seed=options.data_seed),
     }
-    algorithm = common.dual_algorithms("mocha", penalty=0.1, relation="learned", every=20, ridge=3.0)
+    algorithm = common.dual_algorithms(
+        "mocha", penalty=0.1, relation="learned", every=20, ridge=3.0
+    )
     return common.experiment(
         data=data,
         model={"name": "linear"},

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import peers
+from experiments.benchmarks import peers
 
 WORKLOADS = {
     "cnn-10": ("cnn", 10),
@@ -53,7 +53,9 @@ def make_workload(name: str) -> peers.Workload:
     )
 
 
-def make_ours(workload: peers.Workload, mode: str, num_devices: int) -> tuple[Callable[[], None], float]:
+def make_ours(
+    workload: peers.Workload, mode: str, num_devices: int
+) -> tuple[Callable[[], None], float]:
     """One FedAvg round of this library, and the FLOPs of a round (of the gradients alone)."""
     import jax
     import jax.numpy as jnp
@@ -61,15 +63,14 @@ def make_ours(workload: peers.Workload, mode: str, num_devices: int) -> tuple[Ca
 
     from fedjax_mtl import (
         algorithms,
-        batching,
         costs,
         default_execution,
         make_execution,
         make_federation,
         models,
-        sampling,
         tasks,
     )
+    from fedjax_mtl.core import batching, sampling
 
     shape = workload.inputs.shape[2:]
     model = {
@@ -110,9 +111,9 @@ def make_ours(workload: peers.Workload, mode: str, num_devices: int) -> tuple[Ca
         held[0] = jax.block_until_ready(one_round(held[0], jax.random.key(1), federation))
 
     def batch_gradient(params, inputs, labels):
-        return jax.grad(lambda p: jnp.sum(tasks.classification().loss(model.apply(p, inputs, None), labels)))(
-            params
-        )
+        return jax.grad(
+            lambda p: jnp.sum(tasks.classification().loss(model.apply(p, inputs, None), labels))
+        )(params)
 
     batch = jax.ShapeDtypeStruct((workload.batch_size, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((workload.batch_size,), jnp.int32)
@@ -163,7 +164,11 @@ def measure(workload_name: str, what: str, num_devices: int, min_seconds: float)
         roof = matrix_product_rate()
         result["fraction_of_roof"] = flops / float(np.median(result["seconds"])) / roof
     rates = workload.cohort / np.array(result.pop("seconds"))
-    result |= {"median": float(np.median(rates)), "best": float(rates.max()), "worst": float(rates.min())}
+    result |= {
+        "median": float(np.median(rates)),
+        "best": float(rates.max()),
+        "worst": float(rates.min()),
+    }
     return result
 
 
@@ -182,7 +187,9 @@ def measure_apart(
         str(min_seconds),
     ]
     environment = dict(
-        os.environ, OMP_NUM_THREADS=str(len(cores)), JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "")
+        os.environ,
+        OMP_NUM_THREADS=str(len(cores)),
+        JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", ""),
     )
     if what.endswith("@devices"):
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={len(cores)}"
@@ -191,7 +198,9 @@ def measure_apart(
         env=environment,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores) if hasattr(os, "sched_setaffinity") else None,
+        preexec_fn=lambda: (
+            os.sched_setaffinity(0, cores) if hasattr(os, "sched_setaffinity") else None
+        ),
     )
     if done.returncode:
         return {"workload": workload, "what": what, "failed": done.stderr.strip().splitlines()[-1:]}
@@ -218,10 +227,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cores", choices=("one", "all", "both"), default="both")
-    parser.add_argument("--peers", action="store_true", help="measure fedjax and PyTorch where they import")
+    parser.add_argument(
+        "--peers", action="store_true", help="measure fedjax and PyTorch where they import"
+    )
     parser.add_argument("--python", default=sys.executable, help="the interpreter that measures")
-    parser.add_argument("--seconds", type=float, default=5.0, help="at least this long a measurement")
-    parser.add_argument("--workloads", nargs="*", choices=sorted(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="at least this long a measurement"
+    )
+    parser.add_argument(
+        "--workloads", nargs="*", choices=sorted(WORKLOADS), default=list(WORKLOADS)
+    )
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--measure", nargs=2, metavar=("WORKLOAD", "WHAT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -241,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     chosen = ["one", "all"] if arguments.cores == "both" else [arguments.cores]
     results = []
     print(
-        f"{platform.machine()}, {len(available)} cores; clients per second: median (worst - best)", flush=True
+        f"{platform.machine()}, {len(available)} cores; clients per second: median (worst - best)",
+        flush=True,
     )
     for name in chosen:
         for found in suite(

@@ -15,17 +15,10 @@ from experiments.parts import Parts, make_schedule
 from experiments.problems import DATASETS
 from experiments.problems.base import PopulationProblem, Problem
 from experiments.settings import call, choose
-from fedjax_mtl import (
-    Algorithm,
-    Execution,
-    batching,
-    default_execution,
-    make_execution,
-    models,
-    sampling,
-)
+from fedjax_mtl import Algorithm, Execution, default_execution, make_execution, models
+from fedjax_mtl.clients.central import train_centrally
+from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.models.pretrained import load_safetensors
-from fedjax_mtl.pretraining import train_centrally
 
 PyTree = Any
 
@@ -52,7 +45,11 @@ def _cnn(problem: Problem, *, channels: tuple[int, ...], kernel: int, hidden: in
 
 def _lstm(problem: Problem, *, embedding: int, hidden: int, layers: int) -> models.Model:
     return models.lstm(
-        problem.input_shape[0], problem.num_outputs, embedding=embedding, hidden=hidden, layers=layers
+        problem.input_shape[0],
+        problem.num_outputs,
+        embedding=embedding,
+        hidden=hidden,
+        layers=layers,
     )
 
 
@@ -109,7 +106,9 @@ def make_model(config: ml_collections.ConfigDict, problem: Problem) -> models.Mo
     return call(factory, {"problem": problem, **settings}, "config.model")
 
 
-def make_base(config: ml_collections.ConfigDict, problem: Problem | PopulationProblem) -> PyTree | None:
+def make_base(
+    config: ml_collections.ConfigDict, problem: Problem | PopulationProblem
+) -> PyTree | None:
     """The frozen weights under adapters: of the checkpoint, or trained here on the problem's own pre-training data; None without adapters."""
     name = config.model.name
     if name == "checkpoint":
@@ -119,7 +118,9 @@ def make_base(config: ml_collections.ConfigDict, problem: Problem | PopulationPr
     if name != "transformer" or not config.model.pretraining_steps:
         return None
     if problem.pretraining is None:
-        raise ValueError("these data have nothing to pre-train on; set config.model.pretraining_steps=0")
+        raise ValueError(
+            "these data have nothing to pre-train on; set config.model.pretraining_steps=0"
+        )
     trained = train_centrally(
         make_model(config, problem),
         problem.task,
@@ -155,7 +156,16 @@ def execution_of(config: ml_collections.ConfigDict, model: models.Model) -> Exec
 
 FIELDS = {
     "": {
-        *("data", "model", "algorithm", "client", "execution", "cohort_size", "num_rounds", "eval_every"),
+        *(
+            "data",
+            "model",
+            "algorithm",
+            "client",
+            "execution",
+            "cohort_size",
+            "num_rounds",
+            "eval_every",
+        ),
         *("systems", "checkpoint_every", "evaluation_batch_size", "seeds"),
     },
     "execution": {"mode", "chunk", "num_devices", "precision"},
@@ -217,7 +227,9 @@ def make_sampler(
         )
     if isinstance(num_clients, dict):
         if limited or systems.drop_probability:
-            raise ValueError("config.systems is not offered for heterogeneous populations; leave it as it is")
+            raise ValueError(
+                "config.systems is not offered for heterogeneous populations; leave it as it is"
+            )
         if size:
             raise ValueError(
                 f"config.cohort_size is {size}, but all clients of a heterogeneous population take part; give 0"
@@ -229,9 +241,15 @@ def make_sampler(
         )
     sampler = sampling.uniform(size) if size else sampling.full_participation()
     if limited:
-        budget = sampling.fraction_of_data(systems.low, systems.high, of_smallest=systems.of_smallest)
+        budget = sampling.fraction_of_data(
+            systems.low, systems.high, of_smallest=systems.of_smallest
+        )
         sampler = sampling.straggling(sampler, budget)
-    return sampling.dropping(sampler, systems.drop_probability) if systems.drop_probability else sampler
+    return (
+        sampling.dropping(sampler, systems.drop_probability)
+        if systems.drop_probability
+        else sampler
+    )
 
 
 def cohort_size(config: ml_collections.ConfigDict, num_clients: int | dict[str, int]) -> int:

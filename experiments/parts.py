@@ -9,7 +9,8 @@ import optax
 
 from experiments.problems.base import Problem
 from experiments.settings import choose
-from fedjax_mtl import Execution, batching, models
+from fedjax_mtl import Execution, models
+from fedjax_mtl.core import batching
 
 
 def make_optimizer(
@@ -64,13 +65,17 @@ class Parts(NamedTuple):
         return self.problem.splits.train.num_clients
 
     def optimizer(self, learning_rate: float, **changes: Any) -> optax.GradientTransformation:
-        return make_optimizer(**{**self.optimizer_settings, "learning_rate": learning_rate, **changes})
+        return make_optimizer(
+            **{**self.optimizer_settings, "learning_rate": learning_rate, **changes}
+        )
 
     def refuse_client_settings(self, why: str) -> None:
         """Raises ValueError, naming the field, if the optimiser, its state or the schedule were set: for methods that would ignore them."""
         plain = make_optimizer.__kwdefaults__
         changed = [name for name, value in plain.items() if self.optimizer_settings[name] != value]
-        changed += ["keep_optimizer"] * self.keep_optimizer + ["schedule"] * (not self.constant_rate)
+        changed += ["keep_optimizer"] * self.keep_optimizer + ["schedule"] * (
+            not self.constant_rate
+        )
         if changed:
             raise ValueError(f"{why}; leave config.client.{changed[0]} as it is")
 

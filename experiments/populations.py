@@ -18,16 +18,15 @@ from fedjax_mtl import (
     Group,
     Phase,
     algorithms,
-    batching,
     default_execution,
     heterogeneous,
     local_trainer,
     make_execution,
     models,
     server,
-    split,
-    trees,
 )
+from fedjax_mtl.clients import split
+from fedjax_mtl.core import batching, trees
 
 
 class SplitParts(NamedTuple):
@@ -54,7 +53,8 @@ def _many_heads(problem: PopulationProblem, *, hidden: tuple[int, ...]) -> Group
 
 def _multi_decoder(problem: PopulationProblem, *, size: str) -> GroupModels:
     made = {
-        name: models.multi_decoder(problem.input_shape, own, size) for name, own in problem.outputs.items()
+        name: models.multi_decoder(problem.input_shape, own, size)
+        for name, own in problem.outputs.items()
     }
     return GroupModels(made, trees.under("decoders"))
 
@@ -84,7 +84,10 @@ def _cut(
         "vit": lambda: models.vit_trunk(depth, heads),
         "conv": lambda: models.conv_trunk([width * 2**i for i in range(depth)]),
     }
-    lower, body = models.patch_embedding(patch, width), choose(trunks, trunk, "config.model.trunk")()
+    lower, body = (
+        models.patch_embedding(patch, width),
+        choose(trunks, trunk, "config.model.trunk")(),
+    )
     uppers = {}
     for name, own in problem.outputs.items():
         if len(own) != 1:
@@ -95,7 +98,9 @@ def _cut(
         part = models.task_adaptation(
             adaptation_width, channels, problem.input_shape[:2], heads=heads, head_width=head_width
         )
-        uppers[name] = split.Part(part.init, lambda p, f, part=part, task=task: {task: part.apply(p, f)})
+        uppers[name] = split.Part(
+            part.init, lambda p, f, part=part, task=task: {task: part.apply(p, f)}
+        )
     parts = SplitParts(lower, body, uppers)
     made = {name: _uncut(problem, parts, name) for name in uppers}
     return GroupModels(made, trees.under("uppers"), parts)
@@ -140,7 +145,9 @@ class Parts(NamedTuple):
     constant_rate: bool
     optimizer: Callable[[float], optax.GradientTransformation]
 
-    def groups(self, learning_rate: float, personal: trees.PathPredicate, **trainer: Any) -> dict[str, Group]:
+    def groups(
+        self, learning_rate: float, personal: trees.PathPredicate, **trainer: Any
+    ) -> dict[str, Group]:
         """Every group's local trainer."""
         return {
             name: Group(
@@ -170,7 +177,9 @@ def _personal(parts: Parts, shared: str) -> trees.PathPredicate:
     return choose(table, shared, "config.algorithm shared")
 
 
-def _chain(keep: float, rescale: str, denominator: str, scope: str, optimizer: str, server_step: float):
+def _chain(
+    keep: float, rescale: str, denominator: str, scope: str, optimizer: str, server_step: float
+):
     """A server: FedDEA unless ``keep`` is 1 and nothing is rescaled, the average, then SGD or Adam."""
     steps = {"sgd": optax.sgd, "adam": optax.adam}
     step = choose(steps, optimizer, "config.algorithm server_optimizer")(server_step)
@@ -195,7 +204,9 @@ def _fedavg(
     weighting: str = "uniform",
 ) -> Algorithm:
     """FedAvg, FedProx, FedAdam and FedDEA: ``keep`` < 1 decouples, ``proximal_strength`` pulls, ``shared`` is ``all`` or ``encoder``."""
-    groups = parts.groups(learning_rate, _personal(parts, shared), proximal_strength=proximal_strength)
+    groups = parts.groups(
+        learning_rate, _personal(parts, shared), proximal_strength=proximal_strength
+    )
     chain = _chain(keep, rescale, denominator, scope, server_optimizer, server_step)
     return parts.around(groups, chain, weighting)
 
@@ -237,7 +248,9 @@ def _fedbone(
             "config.algorithm.name 'fedbone' needs a model that can be cut; use --config.model.name=cut"
         )
     if parts.plan.num_steps is None:
-        raise ValueError("fedbone goes in lock step: set config.client.steps, and config.client.epochs to 0")
+        raise ValueError(
+            "fedbone goes in lock step: set config.client.steps, and config.client.epochs to 0"
+        )
     if parts.execution is not None or not parts.constant_rate or not parts.plan.batch_size:
         raise ValueError(
             "fedbone goes in lock step with all clients at once: leave config.execution.mode auto and config.client.schedule constant, and give a "

@@ -14,7 +14,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import comparisons, plots, workdir
+from experiments.outputs import comparisons, plots, workdir
 from fedjax_mtl import tasks
 
 # Runs that differ only in data.seed are one row: seeds of the partition count like seeds of the training.
@@ -99,7 +99,9 @@ def markdown(headings: list[str], rows: list[list[tuple[str, bool]]]) -> str:
     """A Markdown table, the best of each column in bold."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:
-        lines.append("| " + " | ".join(f"**{text}**" if best else text for text, best in row) + " |")
+        lines.append(
+            "| " + " | ".join(f"**{text}**" if best else text for text, best in row) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +151,11 @@ def _pool(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     for split, metrics in summaries[0]["metrics"].items():
         for name in metrics:
             final = [value for s in summaries for value in s["metrics"][split][name]["final"]]
-            entry = {"final": final, "final_mean": float(np.mean(final)), "final_std": float(np.std(final))}
+            entry = {
+                "final": final,
+                "final_mean": float(np.mean(final)),
+                "final_std": float(np.std(final)),
+            }
             pooled.setdefault(split, {})[name] = entry
     seeds = [seed for s in summaries for seed in s["seeds"]]
     return {**summaries[0], "metrics": pooled, "seeds": seeds}
@@ -210,7 +216,9 @@ def improvement_columns(
     """
     base = next((run for run in runs if run.name == reference), None)
     if base is None:
-        raise ValueError(f"no run is called {reference!r}; there are {', '.join(run.name for run in runs)}")
+        raise ValueError(
+            f"no run is called {reference!r}; there are {', '.join(run.name for run in runs)}"
+        )
     gains = [comparisons.improvements(run.rows, base.rows) for run in runs]
     if not rounds:
         return [f"improvement over {reference} in %"], [[_spread(g[max(g)], 1) for g in gains]]
@@ -241,7 +249,9 @@ def compared(
             raise ValueError(f"--target={target} does not look like metric=value") from None
         headings.append(f"rounds to {target}")
         columns.append([_spread(comparisons.rounds_to(run.rows, metric, level), 0) for run in runs])
-    return headings, [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in runs]
+    return headings, [list(row) for row in zip(*columns, strict=True)] if columns else [
+        [] for _ in runs
+    ]
 
 
 def report(
@@ -273,7 +283,8 @@ def report(
     plots.client_distributions(logged, output / "clients")
     show(headings, cells, f"final mean ± std over {counts} seeds; accuracies in %")
     rich.console.Console(soft_wrap=True).print(
-        f"written: {output}/report.md, report.tex, curves.png, clients.png (and .pdf)", highlight=False
+        f"written: {output}/report.md, report.tex, curves.png, clients.png (and .pdf)",
+        highlight=False,
     )
 
 
@@ -284,7 +295,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("report"))
-    parser.add_argument("--reference", help="the run over which the others' improvement (Delta_m) is given")
+    parser.add_argument(
+        "--reference", help="the run over which the others' improvement (Delta_m) is given"
+    )
     parser.add_argument(
         "--rounds",
         nargs="+",
@@ -299,7 +312,13 @@ def main(argv: list[str] | None = None) -> None:
             "--rounds says where the improvement over a run is given; name that run with --reference"
         )
     try:
-        report(arguments.workdirs, arguments.output, arguments.reference, arguments.target, arguments.rounds)
+        report(
+            arguments.workdirs,
+            arguments.output,
+            arguments.reference,
+            arguments.target,
+            arguments.rounds,
+        )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -16,10 +16,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import answers, build, plots, telemetry, workdir
-from experiments.checkpoints import Checkpoints
+from experiments import build
+from experiments.outputs import answers, plots, telemetry, workdir
+from experiments.outputs.checkpoints import Checkpoints
+from experiments.outputs.progress import Progress
 from experiments.problems.base import PopulationProblem
-from experiments.progress import Progress
 from experiments.settings import choose
 from fedjax_mtl import (
     Algorithm,
@@ -28,11 +29,11 @@ from fedjax_mtl import (
     evaluate_clients,
     evaluate_population,
     models,
-    sampling,
     simulate_blocks,
     summarise_clients,
     tasks,
 )
+from fedjax_mtl.core import sampling
 from fedjax_mtl.simulate import num_clients
 
 PyTree = Any
@@ -87,7 +88,9 @@ def judged(problem: build.Problem | PopulationProblem) -> dict[str, Judged]:
             for name, own in splits.test.items()
         }
     entries = {
-        "train_clients": Judged("train_clients", None, problem.task.name, np.asarray(splits.test.sizes))
+        "train_clients": Judged(
+            "train_clients", None, problem.task.name, np.asarray(splits.test.sizes)
+        )
     }
     if splits.unseen_test is not None:
         sizes = np.asarray(splits.unseen_test.sizes)
@@ -104,7 +107,9 @@ def rows_of(
     for index, seed in enumerate(seeds):
         head = {"round": block.round, "seed": seed}
         if history:
-            means = {name: float(np.mean(values[index])) for name, values in sorted(history.items())}
+            means = {
+                name: float(np.mean(values[index])) for name, values in sorted(history.items())
+            }
             rows.append({**head, "split": "server", **means})
         for entry in sorted(evaluation):
             of = about[entry]
@@ -199,7 +204,8 @@ def prepare(config: ml_collections.ConfigDict, fresh: bool = True) -> Prepared:
     jax.eval_shape(first_round, jax.random.key(0))
     if getattr(problem, "generation", None) is not None:
         jax.eval_shape(
-            answers.make_generation(config, problem), jax.eval_shape(algorithm.init, jax.random.key(0))
+            answers.make_generation(config, problem),
+            jax.eval_shape(algorithm.init, jax.random.key(0)),
         )
     base = build.make_base(config, problem) if fresh else None
     initial = None
@@ -346,14 +352,18 @@ def shown(rows: list[dict[str, Any]]) -> dict[str, float]:
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/fedem_digits.py:quick"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; an interrupted run there is continued")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results go; an interrupted run there is continued"
+)
 
 
 def main(argv: list[str]) -> None:
     """Flags only; see :func:`run`."""
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.num_rounds=10")
+        raise app.UsageError(
+            f"unexpected arguments {argv[1:]}; settings look like --config.num_rounds=10"
+        )
     telemetry.exit_on_bad_input(lambda: run(_CONFIG.value, pathlib.Path(_WORKDIR.value)))
 
 

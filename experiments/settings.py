@@ -14,7 +14,9 @@ def call(factory: Callable, settings: dict[str, Any], where: str) -> Any:
     parameters = inspect.signature(factory).parameters
     unknown = sorted(set(settings) - set(parameters))
     if unknown:
-        raise ValueError(f"unknown field {where}.{unknown[0]}; known fields: {', '.join(sorted(parameters))}")
+        raise ValueError(
+            f"unknown field {where}.{unknown[0]}; known fields: {', '.join(sorted(parameters))}"
+        )
     missing = sorted(
         name
         for name, p in parameters.items()

@@ -16,7 +16,8 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from experiments import report, run, telemetry
+from experiments import report, run
+from experiments.outputs import telemetry
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
@@ -55,7 +56,9 @@ def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
         raise ValueError(f"--grid cannot set config.{name} to {value!r}: {error}") from error
 
 
-def combinations(config: ml_collections.ConfigDict, grids: list[str]) -> dict[str, ml_collections.ConfigDict]:
+def combinations(
+    config: ml_collections.ConfigDict, grids: list[str]
+) -> dict[str, ml_collections.ConfigDict]:
     """One config for each combination, by the name of its directory."""
     parsed = [parse_grid(text) for text in grids]
     configs = {}
@@ -73,7 +76,9 @@ def sweep(config: ml_collections.ConfigDict, grids: list[str], directory: pathli
     """Runs all combinations one after the other, then reports on them."""
     configs = combinations(config, grids)
     for own in configs.values():
-        run.prepare(own)  # a mistake in the last combination should not wait for the first to finish
+        run.prepare(
+            own
+        )  # a mistake in the last combination should not wait for the first to finish
     for name, own in configs.items():
         run.run(own, directory / name)
     report.report([directory / name for name in configs], directory)
@@ -86,7 +91,9 @@ def main(argv: list[str]) -> None:
     """Flags only; see :func:`sweep`."""
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --config.num_rounds=10")
+        raise app.UsageError(
+            f"unexpected arguments {argv[1:]}; settings look like --config.num_rounds=10"
+        )
     directory = pathlib.Path(flags.FLAGS.workdir)
     telemetry.exit_on_bad_input(lambda: sweep(flags.FLAGS.config, _GRID.value, directory))
 

@@ -1,22 +1,11 @@
 """Federated multi-task learning as compositions of pure functions: see the README for the tour."""
 
-from fedjax_mtl import (
-    algorithms,
-    batching,
-    models,
-    relationships,
-    sampling,
-    server,
-    task_graphs,
-    tasks,
-    topology,
-)
-from fedjax_mtl.algorithm import Algorithm, decentralized, federated
-from fedjax_mtl.batching import Batch, BatchPlan
-from fedjax_mtl.clients import ClientResult, ClientUpdate, Phase, local_trainer, loss_gradient, proximal
-from fedjax_mtl.evaluation import evaluate_clients, evaluate_population, summarise_clients
-from fedjax_mtl.execution import Execution, default_execution, make_execution, map_clients
-from fedjax_mtl.federation import (
+from fedjax_mtl import algorithms, models, relations, server, tasks
+from fedjax_mtl.clients.training import loss_gradient, proximal
+from fedjax_mtl.clients.updates import ClientResult, ClientUpdate, Phase, local_trainer
+from fedjax_mtl.core import batching, sampling
+from fedjax_mtl.core.batching import Batch, BatchPlan
+from fedjax_mtl.core.federation import (
     ClientView,
     Cohort,
     Federation,
@@ -24,9 +13,12 @@ from fedjax_mtl.federation import (
     Splits,
     make_federation,
 )
+from fedjax_mtl.evaluation import evaluate_clients, evaluate_population, summarise_clients
+from fedjax_mtl.execution import Execution, default_execution, make_execution, map_clients
 from fedjax_mtl.models import Model
-from fedjax_mtl.population import Group, client_offsets, heterogeneous
-from fedjax_mtl.relational import relational
+from fedjax_mtl.rounds.federated import Algorithm, decentralized, federated
+from fedjax_mtl.rounds.population import Group, client_offsets, heterogeneous
+from fedjax_mtl.rounds.relational import relational
 from fedjax_mtl.simulate import Block, Simulation, simulate, simulate_blocks
 from fedjax_mtl.tasks import Task
 
@@ -65,13 +57,11 @@ __all__ = [
     "models",
     "proximal",
     "relational",
-    "relationships",
+    "relations",
     "sampling",
     "server",
     "simulate",
     "simulate_blocks",
     "summarise_clients",
-    "task_graphs",
     "tasks",
-    "topology",
 ]

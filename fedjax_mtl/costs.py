@@ -88,7 +88,9 @@ NETWORKS = {"wifi": 10.0, "lte": 100.0, "3g": 1000.0}
 _FLOPS_A_STEP = {"mocha": 8, "cocoa": 8, "minibatch_sdca": 6, "minibatch_sgd": 4}
 
 
-def estimated_round_time(method: str, *, steps: Any, slowest: Any, num_tasks: int, network: str) -> Any:
+def estimated_round_time(
+    method: str, *, steps: Any, slowest: Any, num_tasks: int, network: str
+) -> Any:
     """The time of a round as MOCHA's released code estimates it (arXiv 1705.10467, section 5), in its arbitrary units.
 
     ``flops * steps + communication`` where nodes make what they can in the time there is (MOCHA, and the mini-batch methods' fixed batches), and ``flops * tasks * slowest + communication`` for CoCoA, where all wait for the slowest. The

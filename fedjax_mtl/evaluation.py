@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_mtl import trees
-from fedjax_mtl.algorithm import Algorithm
+from fedjax_mtl.core import trees
+from fedjax_mtl.core.federation import Federation, Population
 from fedjax_mtl.execution import Execution, map_clients
-from fedjax_mtl.federation import Federation, Population
+from fedjax_mtl.rounds.federated import Algorithm
 from fedjax_mtl.tasks import PooledMetric, Task, lower_is_better
 
 PyTree = Any
@@ -18,7 +18,9 @@ PyTree = Any
 def _statistics(measures, outputs, labels):
     """What is summed for each metric, leaves ``[batch, ...]``."""
     return {
-        name: (measure.statistics if isinstance(measure, PooledMetric) else measure)(outputs, labels)
+        name: (measure.statistics if isinstance(measure, PooledMetric) else measure)(
+            outputs, labels
+        )
         for name, measure in measures.items()
     }
 
@@ -28,7 +30,9 @@ def _sum_real(values: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def _finish(measure, total, size):
-    return measure.finish(total) if isinstance(measure, PooledMetric) else total / jnp.maximum(size, 1)
+    return (
+        measure.finish(total) if isinstance(measure, PooledMetric) else total / jnp.maximum(size, 1)
+    )
 
 
 def evaluate_clients(
@@ -42,7 +46,9 @@ def evaluate_clients(
     measures = {"loss": task.loss, **task.metrics}
 
     def evaluate(state: PyTree, federation: Federation) -> dict[str, jax.Array]:
-        for leaf in [] if isinstance(algorithm.num_clients, dict) else jax.tree.leaves(state.clients)[:1]:
+        for leaf in (
+            [] if isinstance(algorithm.num_clients, dict) else jax.tree.leaves(state.clients)[:1]
+        ):
             if leaf.shape[0] != federation.num_clients:
                 raise ValueError(
                     f"the state has {leaf.shape[0]} clients but the federation to judge has {federation.num_clients}; "
@@ -71,9 +77,13 @@ def evaluate_clients(
 
             start = jnp.zeros((), jnp.int32)
             shapes = jax.eval_shape(sums_from, start)
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+            zero = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
+            )
             _, totals = jax.lax.while_loop(lambda carry: carry[0] < size, one_batch, (start, zero))
-            return {name: _finish(measure, totals[name], size) for name, measure in measures.items()}
+            return {
+                name: _finish(measure, totals[name], size) for name, measure in measures.items()
+            }
 
         ids = jnp.arange(federation.num_clients, dtype=jnp.int32)
         return map_clients(one_client, execution, federation.sizes)(
@@ -96,7 +106,9 @@ def evaluate_population(
         def predict(state, client_ids, inputs):
             return algorithm.predict(state, {name: client_ids}, {name: inputs})[name]
 
-        return evaluate_clients(algorithm._replace(predict=predict), tasks[name], execution, batch_size)
+        return evaluate_clients(
+            algorithm._replace(predict=predict), tasks[name], execution, batch_size
+        )
 
     def evaluate(state: PyTree, population: Population) -> dict[str, dict[str, jax.Array]]:
         missing = sorted(set(population) - set(tasks))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 PyTree = Any
 
@@ -92,7 +92,9 @@ def _pad(tree: PyTree, padding: int) -> PyTree:
     """Repeats the first client ``padding`` times at the end; real data, so that no padding can produce a NaN."""
     if padding == 0:
         return tree
-    return jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[:1], padding, axis=0)]), tree)
+    return jax.tree.map(
+        lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[:1], padding, axis=0)]), tree
+    )
 
 
 def _add_sum(total: PyTree, terms: PyTree, real: jax.Array) -> PyTree:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_mtl.algorithm import Algorithm
-from fedjax_mtl.federation import Federation, Population
-from fedjax_mtl.sampling import PopulationSampler, Sampler, by_group, full_participation
+from fedjax_mtl.core.federation import Federation, Population
+from fedjax_mtl.core.sampling import PopulationSampler, Sampler, by_group, full_participation
+from fedjax_mtl.rounds.federated import Algorithm
 
 PyTree = Any
 
@@ -104,9 +104,13 @@ def simulate_blocks(
         raise ValueError(f"eval_every is {eval_every}; give at least 1 round")
     lengths = {name: len(values) for name, values in (hyperparameters or {}).items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"hyper-parameters are mapped together but have different lengths: {lengths}")
+        raise ValueError(
+            f"hyper-parameters are mapped together but have different lengths: {lengths}"
+        )
     if sampler is None:
-        sampler = by_group(full_participation()) if isinstance(federation, dict) else full_participation()
+        sampler = (
+            by_group(full_participation()) if isinstance(federation, dict) else full_participation()
+        )
     keys = root_keys(seeds)
     settings = {} if hyperparameters is None else hyperparameters
     mapped = hyperparameters is not None
@@ -163,7 +167,9 @@ def simulate_blocks(
     while done < num_rounds:
         # Blocks end at multiples of eval_every, wherever the run was taken up.
         stop = min(num_rounds, (done // eval_every + 1) * eval_every)
-        state, history = block_all(settings, keys, state, jnp.int32(done), jnp.int32(stop), federation)
+        state, history = block_all(
+            settings, keys, state, jnp.int32(done), jnp.int32(stop), federation
+        )
         history = jax.tree.map(lambda x, n=stop - done: x[..., :n], history)
         done = stop
         yield Block(done, state, history, evaluation_at(done, state))
@@ -186,7 +192,9 @@ class Simulation(NamedTuple):
 
 
 def simulate(
-    algorithm: Algorithm | Callable[..., Algorithm], federation: Federation | Population, **arguments: Any
+    algorithm: Algorithm | Callable[..., Algorithm],
+    federation: Federation | Population,
+    **arguments: Any,
 ) -> Simulation:
     """Runs :func:`simulate_blocks` to its end, with the same arguments, and collects what it yields."""
     state, metrics, rounds, evaluations = None, [], [], []

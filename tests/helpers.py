@@ -5,17 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_mtl import (
-    algorithms,
-    batching,
-    make_execution,
-    make_federation,
-    models,
-    task_graphs,
-    tasks,
-    topology,
-    trees,
-)
+from fedjax_mtl import algorithms, make_execution, make_federation, models, tasks
+from fedjax_mtl.core import batching, trees
+from fedjax_mtl.relations import gossip, graphs
 
 SIZES = (5, 9, 3, 7, 4, 8)
 NUM_CLIENTS = len(SIZES)
@@ -47,7 +39,7 @@ def make_algorithms(execution=VMAP, num_clients=NUM_CLIENTS):
         "execution": execution,
     }
     training = {**around, "plan": PLAN, "optimizer": optax.sgd(0.1, momentum=0.5)}
-    graph = topology.metropolis_weights(topology.ring(num_clients))
+    graph = gossip.metropolis_weights(gossip.ring(num_clients))
     decentralised = {k: v for k, v in training.items() if k != "num_clients"}
     return {
         "agnostic": algorithms.agnostic(
@@ -71,13 +63,17 @@ def make_algorithms(execution=VMAP, num_clients=NUM_CLIENTS):
             learning_rate=0.1,
             server_optimizer=optax.adam(0.05),
         ),
-        "fedrep": algorithms.fedrep(**training, head=trees.under("decoder"), head_plan=batching.steps(2, 4)),
+        "fedrep": algorithms.fedrep(
+            **training, head=trees.under("decoder"), head_plan=batching.steps(2, 4)
+        ),
         "fedavg": algorithms.fedavg(**training),
         "fedavg_tuned": algorithms.fedavg_tuned(**training),
         "fedem": algorithms.fedem(**training, num_components=2),
         "fedem_released": algorithms.fedem(**training, num_components=2, fidelity="released"),
         "fedprox": algorithms.fedprox(**training, proximal_strength=0.5),
-        "l2sgd": algorithms.l2sgd(**around, learning_rate=0.1, penalty=0.3, probability=0.3, batch_size=4),
+        "l2sgd": algorithms.l2sgd(
+            **around, learning_rate=0.1, penalty=0.3, probability=0.3, batch_size=4
+        ),
         "local": algorithms.local(**training),
         "pfedme": algorithms.pfedme(**training, learning_rate=0.05, inner_steps=2),
         "pfedme_released": algorithms.pfedme(**training, penalty=0.1, fidelity="released"),
@@ -88,18 +84,25 @@ def make_algorithms(execution=VMAP, num_clients=NUM_CLIENTS):
 
 def relational_algorithms(training, num_clients):
     """Those whose clients keep models of their own that the server relates."""
-    graph = task_graphs.random(num_clients, seed=1)
+    graph = graphs.random(num_clients, seed=1)
     parts = {"encoder": trees.under("encoder")}
     return {
         "ditto": algorithms.ditto(**training, penalty=0.3),
         "fedamp": algorithms.fedamp(**training, bandwidth="median", parts=("encoder", "decoder")),
         "fedhca2": algorithms.fedhca2(**training, **parts, decoder=trees.under("decoder")),
         "fedmtl": algorithms.fedmtl(**training),
-        "fedu": algorithms.fedu(**training, graph=task_graphs.fixed(graph), strength=0.1),
-        "fedu_all": algorithms.fedu(**training, graph=task_graphs.learned(), strength=0.1, neighbours="all"),
+        "fedu": algorithms.fedu(**training, graph=graphs.fixed(graph), strength=0.1),
+        "fedu_all": algorithms.fedu(
+            **training, graph=graphs.learned(), strength=0.1, neighbours="all"
+        ),
         "matfl": algorithms.matfl(**training, **parts),
         "sheaf_fmtl": algorithms.sheaf_fmtl(
-            **training, adjacency=graph, strength=0.05, map_step=0.01, compression=0.2, deviation=0.3
+            **training,
+            adjacency=graph,
+            strength=0.05,
+            map_step=0.01,
+            compression=0.2,
+            deviation=0.3,
         ),
     }
 

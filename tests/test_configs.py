@@ -10,7 +10,8 @@ import pytest
 from data.test_shakespeare import TEXT
 
 from configs import common
-from experiments import round_times, run, settings
+from experiments import run, settings
+from experiments.figures import round_times
 from fedjax_mtl.data import tfds_sets
 from fedjax_mtl.data.task_tables import related_tasks
 
@@ -42,14 +43,18 @@ def prepared(monkeypatch, tmp_path):
         labels = np.tile(np.arange(classes, dtype=np.int32), 20000 // classes)
         images = rng.integers(0, 255, (len(labels), side, side, channels)).astype(np.uint8)
         found = {"inputs": images, "labels": labels}
-        return found | ({"coarse_labels": tfds_sets.CIFAR100_COARSE[labels]} if name == "cifar100" else {})
+        return found | (
+            {"coarse_labels": tfds_sets.CIFAR100_COARSE[labels]} if name == "cifar100" else {}
+        )
 
     monkeypatch.setattr(tfds_sets, "load_tfds", load)
     text = tmp_path / "plays.txt"
     # Roles of twenty lines, so that their last fifth is longer than a window.
     line = "    Whether 'tis nobler in the mind to suffer the slings\n"
     text.write_text(
-        TEXT.replace("  Ber. Who's there?\n", f"  Ber. Who's there?\n{line * 20}  MAR. Holla!\n{line * 20}")
+        TEXT.replace(
+            "  Ber. Who's there?\n", f"  Ber. Who's there?\n{line * 20}  MAR. Holla!\n{line * 20}"
+        )
     )
     return text
 
@@ -72,7 +77,9 @@ def write_instructions(directory):
     ]
     path = directory / "dolly.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    words = {word: i for i, word in enumerate(["<unk>", "</s>", "say", *"abcdef", "one", "two", "three"])}
+    words = {
+        word: i for i, word in enumerate(["<unk>", "</s>", "say", *"abcdef", "one", "two", "three"])
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["</s>"])
@@ -133,7 +140,9 @@ def test_quick_variants_run(name, prepared, tmp_path):
     }
     if config.data.name == "task_table" and config.data.preparation.loss == "squared":
         expected["task_table"] = {"rmse", "loss"}
-    assert expected.get(config.data.name, {"accuracy", "accuracy_bottom_decile", "loss"}) <= set(final)
+    assert expected.get(config.data.name, {"accuracy", "accuracy_bottom_decile", "loss"}) <= set(
+        final
+    )
     assert (tmp_path / name / "curves.png").stat().st_size > 1000
 
 
@@ -177,7 +186,10 @@ BAD = {
     "alpha": ({"data.alpha": 0.0}, "alpha is 0.0"),
     "unseen": ({"data.unseen_fraction": 1.0}, "unseen_fraction is 1.0"),
     "batch": ({"client.batch_size": -4}, "batch_size is -4"),
-    "train size": ({"data.train_size": 5000}, "cannot draw 5000 different examples from a pool of 1257"),
+    "train size": (
+        {"data.train_size": 5000},
+        "cannot draw 5000 different examples from a pool of 1257",
+    ),
 }
 
 
@@ -215,7 +227,9 @@ def test_baselines_run_beside_their_system(config_name, algorithm, tmp_path):
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_relations_of_mocha(relation, tmp_path):
-    config = get("mocha_synthetic", **{"algorithm.mocha.relation": relation, "algorithm.mocha.ridge": 0.1})
+    config = get(
+        "mocha_synthetic", **{"algorithm.mocha.relation": relation, "algorithm.mocha.ridge": 0.1}
+    )
     config.algorithm.mocha.relationship_every = 0 if relation in ("independent", "mean") else 2
     config.num_rounds, config.eval_every, config.checkpoint_every = 4, 4, 4
     summary = run.run(config, tmp_path / "run")
@@ -240,16 +254,36 @@ def test_round_times_of_finished_runs(tmp_path, capsys):
 
 
 BAD_RELATED = {
-    "momentum": ("mocha_synthetic", {"client.momentum": 0.9}, "leave config.client.momentum as it is"),
-    "loss": ("mocha_synthetic", {"data.preparation.loss": "cubic"}, "unknown config.data.loss 'cubic'"),
+    "momentum": (
+        "mocha_synthetic",
+        {"client.momentum": 0.9},
+        "leave config.client.momentum as it is",
+    ),
+    "loss": (
+        "mocha_synthetic",
+        {"data.preparation.loss": "cubic"},
+        "unknown config.data.loss 'cubic'",
+    ),
     "preparation": (
         "mocha_synthetic",
         {"data.preparation.whiten": True},
         "unknown field config.data.preparation.whiten",
     ),
-    "relation": ("mocha_synthetic", {"algorithm.mocha.relation": "sorted"}, "unknown relation 'sorted'"),
-    "precision": ("mocha_synthetic", {"execution.precision": "half"}, "unknown config.execution.precision"),
-    "drops": ("mocha_synthetic", {"systems.drop_probability": 1.5}, "drop probability 1.5 is outside 0..1"),
+    "relation": (
+        "mocha_synthetic",
+        {"algorithm.mocha.relation": "sorted"},
+        "unknown relation 'sorted'",
+    ),
+    "precision": (
+        "mocha_synthetic",
+        {"execution.precision": "half"},
+        "unknown config.execution.precision",
+    ),
+    "drops": (
+        "mocha_synthetic",
+        {"systems.drop_probability": 1.5},
+        "drop probability 1.5 is outside 0..1",
+    ),
     "smallest": ("mocha_synthetic", {"systems.of_smallest": True}, "set low and high below 1 too"),
     "budgets": ("mocha_synthetic", {"systems.low": 2.0}, "budgets between 2.0 and 1.0"),
     "no file": ("mocha_school", {}, "config.data.path is empty"),
@@ -274,7 +308,11 @@ BAD_RELATED = {
         {"model": {"name": "mlp", "hidden": (4,)}, "algorithm.mira.targets": ("decoder",)},
         "use config.model.name transformer",
     ),
-    "checkpoint": ("mira_dolly_gpt2", {"data.path": "x", "data.tokenizer": "y"}, "There is no file x"),
+    "checkpoint": (
+        "mira_dolly_gpt2",
+        {"data.path": "x", "data.tokenizer": "y"},
+        "There is no file x",
+    ),
 }
 
 
@@ -306,7 +344,10 @@ BAD_POPULATIONS = {
         {"algorithm.name": "fedbone"},
         "'fedbone' needs a model that can be cut; use --config.model.name=cut",
     ),
-    "systems": ({"systems.drop_probability": 0.5}, "config.systems is not offered for heterogeneous"),
+    "systems": (
+        {"systems.drop_probability": 0.5},
+        "config.systems is not offered for heterogeneous",
+    ),
     "cohort": ({"cohort_size": 2}, "all clients of a heterogeneous population take part; give 0"),
     "momentum": (
         {"client.keep_optimizer": True},
@@ -318,7 +359,10 @@ BAD_POPULATIONS = {
         "unknown config.algorithm shared 'body'; expected one of all",
     ),
     "tasks": ({"data.num_tasks": 1}, "num_tasks is 1; give at least 2"),
-    "model": ({"model.name": "mlp"}, "unknown config.model.name 'mlp'; expected one of cut, many_heads"),
+    "model": (
+        {"model.name": "mlp"},
+        "unknown config.model.name 'mlp'; expected one of cut, many_heads",
+    ),
 }
 
 
@@ -330,7 +374,9 @@ def test_bad_configs_of_populations(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("field, value", [("schedule", "sqrt"), ("momentum", 0.9), ("keep_optimizer", True)])
+@pytest.mark.parametrize(
+    "field, value", [("schedule", "sqrt"), ("momentum", 0.9), ("keep_optimizer", True)]
+)
 def test_fedgradnorm_ignores_no_setting_of_its_clients(field, value, tmp_path):
     with pytest.raises(
         ValueError, match=f"plain SGD at a constant rate; leave config.client.{field} as it is"
@@ -380,7 +426,9 @@ def test_fields_that_nobody_reads_are_refused(tmp_path):
 
 
 def test_pachinko_needs_coarse_labels(prepared, tmp_path):
-    with pytest.raises(ValueError, match="pachinko needs coarse labels, which cifar10 does not have"):
+    with pytest.raises(
+        ValueError, match="pachinko needs coarse labels, which cifar10 does not have"
+    ):
         run.run(get("fedem_cifar10", **{"data.partition": "pachinko"}), tmp_path / "run")
 
 
@@ -388,7 +436,9 @@ def test_unknown_and_missing_fields_are_named():
     def factory(alpha, beta=1):
         return alpha + beta
 
-    with pytest.raises(ValueError, match="unknown field config.data.gamma; known fields: alpha, beta"):
+    with pytest.raises(
+        ValueError, match="unknown field config.data.gamma; known fields: alpha, beta"
+    ):
         settings.call(factory, {"alpha": 1, "gamma": 2}, "config.data")
     with pytest.raises(ValueError, match="missing field config.data.alpha"):
         settings.call(factory, {}, "config.data")
@@ -396,18 +446,25 @@ def test_unknown_and_missing_fields_are_named():
 
 
 def test_variants():
-    assert common.parse_variant("quick,seed=3", quick=False, seed=0).to_dict() == {"quick": True, "seed": 3}
+    assert common.parse_variant("quick,seed=3", quick=False, seed=0).to_dict() == {
+        "quick": True,
+        "seed": 3,
+    }
     with pytest.raises(ValueError, match="unknown variant 'fast'; known: quick"):
         common.parse_variant("fast", quick=False)
 
 
 def test_sets_that_are_not_there_say_how_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m fedjax_mtl.data.tfds_sets emnist --data_dir="):
+    with pytest.raises(
+        FileNotFoundError, match=r"python -m fedjax_mtl.data.tfds_sets emnist --data_dir="
+    ):
         run.run(get("fedem_emnist", **{"data.data_dir": str(tmp_path)}), tmp_path / "run")
     with pytest.raises(ValueError, match="config.data.path is empty; name the text"):
         run.run(get("fedem_shakespeare"), tmp_path / "run")
     with pytest.raises(FileNotFoundError):
-        run.run(get("fedem_shakespeare", **{"data.path": str(tmp_path / "none.txt")}), tmp_path / "run")
+        run.run(
+            get("fedem_shakespeare", **{"data.path": str(tmp_path / "none.txt")}), tmp_path / "run"
+        )
 
 
 def test_a_work_directory_that_is_a_file(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 
 from fedjax_mtl import costs
 
-CURVES = json.loads((pathlib.Path(__file__).parent / "golden" / "mocha_small_curves.json").read_text())
+CURVES = json.loads(
+    (pathlib.Path(__file__).parent / "golden" / "mocha_small_curves.json").read_text()
+)
 EXAMPLES, TASKS = 1105, 29
 
 

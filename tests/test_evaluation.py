@@ -19,12 +19,17 @@ def test_evaluation_is_the_mean_over_each_clients_rows(batch_size):
     found = jax.jit(judge)(state, federation)
     for c, size in enumerate(SIZES):
         rows = federation.indices[c, :size]
-        inputs, labels = federation.examples["inputs"][rows], np.array(federation.examples["labels"][rows])
+        inputs, labels = (
+            federation.examples["inputs"][rows],
+            np.array(federation.examples["labels"][rows]),
+        )
         outputs = np.array(algorithm.predict(state, jnp.array([c]), inputs[None])[0])
         accuracy = np.mean(outputs.argmax(1) == labels)
         log_p = outputs - np.log(np.exp(outputs).sum(1, keepdims=True))
         np.testing.assert_allclose(found["accuracy"][c], accuracy, rtol=1e-5)
-        np.testing.assert_allclose(found["loss"][c], -log_p[np.arange(size), labels].mean(), rtol=1e-4)
+        np.testing.assert_allclose(
+            found["loss"][c], -log_p[np.arange(size), labels].mean(), rtol=1e-4
+        )
 
 
 def test_summaries():
@@ -36,7 +41,9 @@ def test_summaries():
     np.testing.assert_allclose(found["accuracy"], np.average(accuracy, weights=sizes), rtol=1e-5)
     np.testing.assert_allclose(found["accuracy_mean"], 0.5, rtol=1e-5)
     np.testing.assert_allclose(found["accuracy_std"], accuracy.std(), rtol=1e-5)
-    np.testing.assert_allclose(found["accuracy_bottom_decile"], np.percentile(accuracy, 10), rtol=1e-5)
+    np.testing.assert_allclose(
+        found["accuracy_bottom_decile"], np.percentile(accuracy, 10), rtol=1e-5
+    )
     np.testing.assert_allclose(found["accuracy_worst_tenth"], accuracy[:3].mean(), rtol=1e-5)
     np.testing.assert_allclose(found["loss_bottom_decile"], np.percentile(accuracy, 90), rtol=1e-5)
     np.testing.assert_allclose(found["loss_worst_tenth"], accuracy[-3:].mean(), rtol=1e-5)

@@ -9,14 +9,13 @@ from helpers import TASK
 
 from fedjax_mtl import (
     algorithms,
-    batching,
     default_execution,
     make_execution,
     make_federation,
     map_clients,
     models,
-    sampling,
 )
+from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.execution import sum_and_map_clients
 
 MODES = {

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 
 from experiments.parts import Parts
 from experiments.settings import choose
-from fedjax_mtl import Algorithm, algorithms, batching, topology, trees
+from fedjax_mtl import Algorithm, algorithms
+from fedjax_mtl.core import batching, trees
+from fedjax_mtl.relations import gossip
 
 
 def _fedavg(parts: Parts, *, learning_rate: float, weighting: str = "samples") -> Algorithm:
@@ -24,7 +26,9 @@ def _fedavg_tuned(parts: Parts, *, learning_rate: float, adaptation_epochs: int 
 
 def _fedprox(parts: Parts, *, learning_rate: float, proximal_strength: float) -> Algorithm:
     # The proximal optimiser has no momentum, whatever the other algorithms' has.
-    settings = parts.training(learning_rate) | {"optimizer": parts.optimizer(learning_rate, momentum=0.0)}
+    settings = parts.training(learning_rate) | {
+        "optimizer": parts.optimizer(learning_rate, momentum=0.0)
+    }
     return algorithms.fedprox(**settings, proximal_strength=proximal_strength)
 
 
@@ -52,9 +56,9 @@ def _fedem(
 
 
 GRAPHS = {
-    "complete": lambda clients, probability, seed: topology.complete(clients),
-    "ring": lambda clients, probability, seed: topology.ring(clients),
-    "erdos_renyi": topology.erdos_renyi,
+    "complete": lambda clients, probability, seed: gossip.complete(clients),
+    "ring": lambda clients, probability, seed: gossip.ring(clients),
+    "erdos_renyi": gossip.erdos_renyi,
 }
 
 
@@ -70,12 +74,12 @@ def _decentralized_fedem(
     self_loops: bool = True,
 ) -> Algorithm:
     make = choose(GRAPHS, graph, "config.algorithm graph")
-    weigh = {"fastest": topology.fastest_mixing_weights, "metropolis": topology.metropolis_weights}
+    weigh = {"fastest": gossip.fastest_mixing_weights, "metropolis": gossip.metropolis_weights}
     matrix = choose(weigh, weights, "config.algorithm weights")(
         make(parts.num_clients, edge_probability, graph_seed)
     )
     if not self_loops:
-        matrix = topology.without_self_loops(matrix)
+        matrix = gossip.without_self_loops(matrix)
     settings = parts.training(learning_rate)
     del settings["num_clients"]
     return algorithms.decentralized_fedem(
@@ -136,7 +140,12 @@ def _apfl(
 
 
 def _l2sgd(
-    parts: Parts, *, learning_rate: float, penalty: float, probability: float = 0.1, fidelity: str = "paper"
+    parts: Parts,
+    *,
+    learning_rate: float,
+    penalty: float,
+    probability: float = 0.1,
+    fidelity: str = "paper",
 ) -> Algorithm:
     # Plain SGD by definition: the client's momentum and weight decay do not apply.
     return algorithms.l2sgd(
@@ -150,7 +159,9 @@ def _l2sgd(
     )
 
 
-def _agnostic(parts: Parts, *, learning_rate: float, mixture_learning_rate: float = 0.001) -> Algorithm:
+def _agnostic(
+    parts: Parts, *, learning_rate: float, mixture_learning_rate: float = 0.001
+) -> Algorithm:
     # One minibatch gradient a round: local epochs and the local schedule do not apply.
     sizes = parts.problem.splits.train.sizes
     return algorithms.agnostic(
@@ -162,7 +173,9 @@ def _agnostic(parts: Parts, *, learning_rate: float, mixture_learning_rate: floa
     )
 
 
-def _q_ffl(parts: Parts, *, learning_rate: float, q: float = 1.0, fidelity: str = "paper") -> Algorithm:
+def _q_ffl(
+    parts: Parts, *, learning_rate: float, q: float = 1.0, fidelity: str = "paper"
+) -> Algorithm:
     # Plain SGD, whose step size is the method's Lipschitz estimate: momentum and weight decay do not apply.
     return algorithms.q_ffl(
         **parts.common(),

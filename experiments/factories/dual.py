@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from experiments.parts import Parts
 from experiments.settings import choose
-from fedjax_mtl import Algorithm, algorithms, relationships
-from fedjax_mtl.relationships import Relationship
+from fedjax_mtl import Algorithm, algorithms
+from fedjax_mtl.relations import covariance
+from fedjax_mtl.relations.covariance import Relationship
 
 
 def _settings(parts: Parts, penalty: float) -> dict[str, Any]:
@@ -33,15 +34,21 @@ def _settings(parts: Parts, penalty: float) -> dict[str, Any]:
 
 
 def make_relationship(
-    penalty: float, *, relation: str, coupling: float, ridge: float, num_clusters: int, sparsity: float
+    penalty: float,
+    *,
+    relation: str,
+    coupling: float,
+    ridge: float,
+    num_clusters: int,
+    sparsity: float,
 ) -> Relationship:
     """Sigma by name; ``ridge`` and ``coupling`` as the rule reads them."""
     table = {
-        "independent": lambda: relationships.independent(),
-        "mean": lambda: relationships.mean_regularised(penalty, coupling, ridge),
-        "learned": lambda: relationships.task_relationship(ridge),
-        "clustered": lambda: relationships.clustered(num_clusters),
-        "sparse": lambda: relationships.sparse_precision(penalty, sparsity, ridge=ridge),
+        "independent": lambda: covariance.independent(),
+        "mean": lambda: covariance.mean_regularised(penalty, coupling, ridge),
+        "learned": lambda: covariance.task_relationship(ridge),
+        "clustered": lambda: covariance.clustered(num_clusters),
+        "sparse": lambda: covariance.sparse_precision(penalty, sparsity, ridge=ridge),
     }
     return choose(table, relation, "relation")()
 
@@ -102,7 +109,9 @@ def _cocoa(
     )
 
 
-def _minibatch(factory: Callable[..., Algorithm], default_scaling: float) -> Callable[..., Algorithm]:
+def _minibatch(
+    factory: Callable[..., Algorithm], default_scaling: float
+) -> Callable[..., Algorithm]:
     def make(
         parts: Parts,
         *,
@@ -116,7 +125,12 @@ def _minibatch(factory: Callable[..., Algorithm], default_scaling: float) -> Cal
         return factory(
             **_settings(parts, penalty),
             relationship=make_relationship(
-                penalty, relation=relation, coupling=coupling, ridge=ridge, num_clusters=2, sparsity=0.1
+                penalty,
+                relation=relation,
+                coupling=coupling,
+                ridge=ridge,
+                num_clusters=2,
+                sparsity=0.1,
             ),
             passes=passes,
             scaling=scaling,
@@ -126,7 +140,9 @@ def _minibatch(factory: Callable[..., Algorithm], default_scaling: float) -> Cal
 
 
 def _alone(factory: Callable[..., Algorithm]) -> Callable[..., Algorithm]:
-    def make(parts: Parts, *, penalty: float, passes: float = 1.0, fidelity: str = "paper") -> Algorithm:
+    def make(
+        parts: Parts, *, penalty: float, passes: float = 1.0, fidelity: str = "paper"
+    ) -> Algorithm:
         return factory(**_settings(parts, penalty), passes=passes, fidelity=fidelity)
 
     return make

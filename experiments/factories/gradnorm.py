@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from experiments.parts import Parts
-from fedjax_mtl import Algorithm, algorithms, batching, trees
+from fedjax_mtl import Algorithm, algorithms
+from fedjax_mtl.core import batching, trees
 
 
 def _gradnorm_settings(

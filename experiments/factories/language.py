@@ -10,7 +10,9 @@ from fedjax_mtl import Algorithm, algorithms, models
 
 def _training(parts: Parts, model: Any, learning_rate: float) -> dict[str, Any]:
     if not isinstance(parts.model, models.LanguageModel):
-        raise ValueError("MIRA and its kin tune a language model; use config.model.name transformer")
+        raise ValueError(
+            "MIRA and its kin tune a language model; use config.model.name transformer"
+        )
     return parts.training(learning_rate) | {"model": parts.finish(model)}
 
 
@@ -90,7 +92,9 @@ def _lora_baseline(factory: Callable[..., Algorithm]) -> Callable[..., Algorithm
     return make
 
 
-def _fedptuning(parts: Parts, *, learning_rate: float, num_tokens: int = 20, hidden: int = 128) -> Algorithm:
+def _fedptuning(
+    parts: Parts, *, learning_rate: float, num_tokens: int = 20, hidden: int = 128
+) -> Algorithm:
     model = models.prompt_tuning(parts.model, num_tokens=num_tokens, hidden=hidden)
     return algorithms.fedit(**_training(parts, model, learning_rate))
 

@@ -7,13 +7,17 @@ import numpy as np
 
 from experiments.parts import Parts
 from experiments.settings import choose
-from fedjax_mtl import Algorithm, algorithms, server, task_graphs, topology, trees
-from fedjax_mtl.task_graphs import TaskGraph
+from fedjax_mtl import Algorithm, algorithms, server
+from fedjax_mtl.core import trees
+from fedjax_mtl.relations import gossip, graphs
+from fedjax_mtl.relations.graphs import TaskGraph
 
 _ENCODER, _DECODER = trees.under("encoder"), trees.under("decoder")
 
 
-def make_adjacency(parts: Parts, *, graph: str, seed: int = 0, edge_probability: float = 0.2) -> np.ndarray:
+def make_adjacency(
+    parts: Parts, *, graph: str, seed: int = 0, edge_probability: float = 0.2
+) -> np.ndarray:
     """A fixed graph of the clients: ``complete``, ``random`` weights, ``erdos_renyi``, by ``group`` (where the data have groups) or by ``labels``' similarity."""
     problem, clients = parts.problem, parts.num_clients
 
@@ -22,17 +26,19 @@ def make_adjacency(parts: Parts, *, graph: str, seed: int = 0, edge_probability:
             raise ValueError(
                 "graph 'group' needs data whose clients come in groups; use random, labels or learned"
             )
-        return task_graphs.by_group(problem.groups)
+        return graphs.by_group(problem.groups)
 
     def by_labels():
-        return task_graphs.by_similarity(
-            task_graphs.label_frequencies(problem.splits.train, problem.num_outputs)
+        return graphs.by_similarity(
+            graphs.label_frequencies(problem.splits.train, problem.num_outputs)
         )
 
     table = {
-        "complete": lambda: task_graphs.complete(clients),
-        "random": lambda: task_graphs.random(clients, seed),
-        "erdos_renyi": lambda: nx.to_numpy_array(topology.erdos_renyi(clients, edge_probability, seed)),
+        "complete": lambda: graphs.complete(clients),
+        "random": lambda: graphs.random(clients, seed),
+        "erdos_renyi": lambda: nx.to_numpy_array(
+            gossip.erdos_renyi(clients, edge_probability, seed)
+        ),
         "group": by_group,
         "labels": by_labels,
     }
@@ -42,10 +48,10 @@ def make_adjacency(parts: Parts, *, graph: str, seed: int = 0, edge_probability:
 def make_graph(parts: Parts, *, graph: str, seed: int = 0, smoothness: float = 0.5) -> TaskGraph:
     """A graph for Laplacian mixing: one of :func:`make_adjacency`'s, ``learned`` from the models, or by the ``updates``' cosines."""
     if graph == "learned":
-        return task_graphs.learned(smoothness=smoothness)
+        return graphs.learned(smoothness=smoothness)
     if graph == "updates":
-        return task_graphs.by_updates(decay=0.5)
-    return task_graphs.fixed(make_adjacency(parts, graph=graph, seed=seed))
+        return graphs.by_updates(decay=0.5)
+    return graphs.fixed(make_adjacency(parts, graph=graph, seed=seed))
 
 
 def _fedu(
@@ -80,7 +86,9 @@ def _sheaf_fmtl(
 ) -> Algorithm:
     return algorithms.sheaf_fmtl(
         **parts.training(learning_rate),
-        adjacency=make_adjacency(parts, graph=graph, seed=graph_seed, edge_probability=edge_probability),
+        adjacency=make_adjacency(
+            parts, graph=graph, seed=graph_seed, edge_probability=edge_probability
+        ),
         strength=strength,
         map_step=map_step,
         compression=compression,

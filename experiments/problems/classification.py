@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.problems.base import Problem
 from fedjax_mtl import Splits, data, make_federation, tasks
-from fedjax_mtl.federation import check_labels
+from fedjax_mtl.core.federation import check_labels
 
 
 def _mixture_of_digits(
@@ -32,7 +32,9 @@ def _mixture_of_digits(
     images = np.concatenate([np.concatenate(pair) for pair in zip(*drawn.values(), strict=True)])
     inputs, labels = source["inputs"][images], source["labels"][images]
     held = int(round(unseen_fraction * num_clients))
-    mixtures = data.hold_out_evenly(data.draw_mixtures(num_clients, num_components, alpha, rng), held)
+    mixtures = data.hold_out_evenly(
+        data.draw_mixtures(num_clients, num_components, alpha, rng), held
+    )
     components = data.draw_components(owned, mixtures, len(labels), rng)
     if partition == "label_permuted":
         permutations = data.label_permutations(num_components, 10, rng)
@@ -40,7 +42,9 @@ def _mixture_of_digits(
     else:
         angles = [m * 360 / num_components for m in range(num_components)]
         inputs = data.rotate_images(inputs, components, angles)
-    train = make_federation({"inputs": inputs, "labels": labels}, [own[:train_size] for own in owned[held:]])
+    train = make_federation(
+        {"inputs": inputs, "labels": labels}, [own[:train_size] for own in owned[held:]]
+    )
 
     def of(rows):
         return make_federation(train.examples, rows) if rows else None
@@ -70,11 +74,20 @@ def digits(
     the two say only in what proportion it is cut.
     """
     if not 0 <= unseen_fraction < 1:
-        raise ValueError(f"config.data.unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
+        raise ValueError(
+            f"config.data.unseen_fraction is {unseen_fraction}; give a share in [0, 1)"
+        )
     rng = np.random.default_rng(seed)
     if partition in ("label_permuted", "rotated"):
         splits = _mixture_of_digits(
-            partition, num_clients, num_components, alpha, train_size, test_size, unseen_fraction, rng
+            partition,
+            num_clients,
+            num_components,
+            alpha,
+            train_size,
+            test_size,
+            unseen_fraction,
+            rng,
         )
     elif partition == "dirichlet":
         examples = data.load_digits()
@@ -151,9 +164,13 @@ def images(
             f"config.data.partition pachinko needs coarse labels, which {source} does not have; use dirichlet"
         )
     elif partition == "pachinko":
-        rows = data.pachinko(labels, examples["coarse_labels"], num_clients, rng, alpha=alpha, beta=beta)
+        rows = data.pachinko(
+            labels, examples["coarse_labels"], num_clients, rng, alpha=alpha, beta=beta
+        )
     else:
-        raise ValueError(f"unknown config.data.partition {partition!r}; expected dirichlet or pachinko")
+        raise ValueError(
+            f"unknown config.data.partition {partition!r}; expected dirichlet or pachinko"
+        )
     constants = tfds_sets.NORMALISE[source]
     inputs = (examples["inputs"] / np.float32(255) - np.float32(constants["mean"])) / np.float32(
         constants["std"]
@@ -168,7 +185,9 @@ def images(
     return Problem(splits, tasks.classification(), inputs.shape[1:], num_classes)
 
 
-def shakespeare(*, path: str, stride: int, max_windows: int, unseen_fraction: float, seed: int) -> Problem:
+def shakespeare(
+    *, path: str, stride: int, max_windows: int, unseen_fraction: float, seed: int
+) -> Problem:
     """Shakespeare by speaking role, from a text file the user names; next-character prediction."""
     from fedjax_mtl.data.shakespeare import WINDOW, character_weights, load_shakespeare
 
@@ -177,7 +196,9 @@ def shakespeare(*, path: str, stride: int, max_windows: int, unseen_fraction: fl
             "config.data.path is empty; name the text of the complete works, e.g. --config.data.path=100.txt"
         )
     if not 0 <= unseen_fraction < 1:
-        raise ValueError(f"config.data.unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
+        raise ValueError(
+            f"config.data.unseen_fraction is {unseen_fraction}; give a share in [0, 1)"
+        )
     windows = load_shakespeare(path, stride=stride, max_windows_per_client=max_windows or None)
     examples = {"inputs": windows.inputs, "labels": windows.labels}
     train, test = [], []
@@ -198,7 +219,9 @@ def shakespeare(*, path: str, stride: int, max_windows: int, unseen_fraction: fl
     first = make_federation(examples, [train[c] for c in seen])
 
     def of(parts, clients):
-        return make_federation(first.examples, [parts[c] for c in clients]) if len(clients) else None
+        return (
+            make_federation(first.examples, [parts[c] for c in clients]) if len(clients) else None
+        )
 
     splits = Splits(first, of(test, seen), of(train, held), of(test, held))
     task = tasks.sequence_classification(class_weights=character_weights())

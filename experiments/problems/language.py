@@ -12,7 +12,13 @@ from fedjax_mtl.data.instructions import Tokenizer
 
 
 def chains(
-    *, num_clients: int, num_groups: int, train_sequences: int, test_sequences: int, follow: float, seed: int
+    *,
+    num_clients: int,
+    num_groups: int,
+    train_sequences: int,
+    test_sequences: int,
+    follow: float,
+    seed: int,
 ) -> Problem:
     """Clients with noisy permutation chains for languages, and sequences of other chains for the base model."""
     made = markov_chains.markov_chains(
@@ -91,7 +97,9 @@ def families(
     rng = np.random.default_rng([seed, 1])
     draws = rng.integers(2**31, size=_PRETRAINING_DRAWS)
     asked = [
-        item for draw in draws for item in instruction_families.instruction_families(int(draw)).instructions
+        item
+        for draw in draws
+        for item in instruction_families.instruction_families(int(draw)).instructions
     ]
     shuffled = [
         item._replace(response=asked[other].response)
@@ -123,12 +131,19 @@ def instruction_files(
     elif source == "natural_instructions":
         items = instructions.load_natural_instructions(path, seed=seed)
     else:
-        raise ValueError(f"unknown config.data.source {source!r}; expected dolly or natural_instructions")
+        raise ValueError(
+            f"unknown config.data.source {source!r}; expected dolly or natural_instructions"
+        )
     encoder = instructions.load_tokenizer(tokenizer)
     items = instructions.keep_fitting(items, encoder, min(longest_prompt, max_length))
     clients = instructions.deal_categories(items, clients_per_category, seed)
     return _instruction_problem(
-        items, clients, encoder, max_length=max_length, max_new_tokens=max_new_tokens, template="alpaca"
+        items,
+        clients,
+        encoder,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        template="alpaca",
     )
 
 

@@ -10,7 +10,7 @@ from experiments.problems.base import Problem
 from experiments.settings import call
 from fedjax_mtl import tasks
 from fedjax_mtl.data import features, task_tables
-from fedjax_mtl.dual_rounds import check_tasks
+from fedjax_mtl.rounds.dual import check_tasks
 
 _DUAL_LOSSES = {
     "hinge": tasks.dual.hinge,
@@ -36,9 +36,13 @@ def _linear_problem(
 ) -> Problem:
     """Tasks of linear models in the dual: split, then standardised (``pooled``, ``per_task`` or ``no``), then mapped."""
     if loss not in _DUAL_LOSSES:
-        raise ValueError(f"unknown config.data.loss {loss!r}; expected one of {', '.join(_DUAL_LOSSES)}")
+        raise ValueError(
+            f"unknown config.data.loss {loss!r}; expected one of {', '.join(_DUAL_LOSSES)}"
+        )
     if standardise not in ("no", "pooled", "per_task"):
-        raise ValueError(f"unknown config.data.standardise {standardise!r}; expected no, pooled or per_task")
+        raise ValueError(
+            f"unknown config.data.standardise {standardise!r}; expected no, pooled or per_task"
+        )
     if one_class not in ("refuse", "keep"):
         raise ValueError(f"unknown config.data.one_class {one_class!r}; expected refuse or keep")
     chosen = _DUAL_LOSSES[loss]()
@@ -53,7 +57,9 @@ def _linear_problem(
         splits = features.standardise(splits, per_client=standardise == "per_task")
     if fourier_features:
         key = jax.random.key(seed)
-        splits = features.random_fourier(splits, num_features=fourier_features, bandwidth=bandwidth, key=key)
+        splits = features.random_fourier(
+            splits, num_features=fourier_features, bandwidth=bandwidth, key=key
+        )
     if intercept:
         splits = features.append_intercept(splits, intercept)
     width = splits.train.examples["inputs"].shape[1]

@@ -10,7 +10,13 @@ from fedjax_mtl import Task, data, make_federation, tasks
 
 
 def scaled_tasks(
-    *, scales: tuple[float, ...], num_clusters: int, num_train: int, last_train: int, num_test: int, seed: int
+    *,
+    scales: tuple[float, ...],
+    num_clusters: int,
+    num_train: int,
+    last_train: int,
+    num_test: int,
+    seed: int,
 ) -> Problem:
     """Related regressions whose labels differ in scale; the last task has ``last_train`` examples (0: as many as the others)."""
     sizes = [num_train] * (len(scales) - 1) + [last_train or num_train]
@@ -47,7 +53,10 @@ def _dense_task(name: str, domain: str, edge_weight: float) -> tuple[Task, int]:
             dense.segmentation("semseg", rendered.NUM_SEMSEG[domain]),
             rendered.NUM_SEMSEG[domain],
         ),
-        "human_parts": lambda: (dense.segmentation("human_parts", rendered.NUM_PARTS), rendered.NUM_PARTS),
+        "human_parts": lambda: (
+            dense.segmentation("human_parts", rendered.NUM_PARTS),
+            rendered.NUM_PARTS,
+        ),
         "normals": lambda: (dense.normals(), 3),
         "edge": lambda: (dense.edges(positive_weight=edge_weight), 1),
         "sal": lambda: (dense.saliency(), 2),
@@ -91,9 +100,12 @@ def scenes(
         for index, names in enumerate(sets):
             group = f"{domain}_{names[0]}" if single_task else domain
             examples = {
-                "inputs": np.concatenate([made[s]["image"] for s in ("train", "test")]) / np.float32(127.5)
+                "inputs": np.concatenate([made[s]["image"] for s in ("train", "test")])
+                / np.float32(127.5)
                 - 1,
-                "labels": {n: np.concatenate([made[s][n] for s in ("train", "test")]) for n in names},
+                "labels": {
+                    n: np.concatenate([made[s][n] for s in ("train", "test")]) for n in names
+                },
             }
             own = dealt[index * clients_per_group : (index + 1) * clients_per_group]
             train[group] = make_federation(examples, own)

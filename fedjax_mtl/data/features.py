@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_mtl.federation import Federation, Splits
+from fedjax_mtl.core.federation import Federation, Splits
 
 
 def _with(splits: Splits, name: str, values: Any) -> Splits:
@@ -64,11 +64,15 @@ def append_intercept(splits: Splits, value: float = 1.0) -> Splits:
     """A last column of ``value``; a large one (MOCHA's second code: 10) leaves the intercept nearly unpenalised."""
     inputs = np.asarray(splits.train.examples["inputs"])
     return _with(
-        splits, "inputs", np.concatenate([inputs, np.full((len(inputs), 1), value, inputs.dtype)], axis=1)
+        splits,
+        "inputs",
+        np.concatenate([inputs, np.full((len(inputs), 1), value, inputs.dtype)], axis=1),
     )
 
 
-def random_fourier(splits: Splits, *, num_features: int, bandwidth: float, key: jax.Array) -> Splits:
+def random_fourier(
+    splits: Splits, *, num_features: int, bandwidth: float, key: jax.Array
+) -> Splits:
     """Features of a Gaussian kernel, ``sqrt(2 / D) cos(x W / bandwidth + b)`` (Rahimi and Recht, NeurIPS 2007), the same for all clients.
 
     A convex method for linear models, MOCHA, then learns non-linear ones, without any client showing its examples.
@@ -82,12 +86,16 @@ def random_fourier(splits: Splits, *, num_features: int, bandwidth: float, key: 
         )
     inputs = splits.train.examples["inputs"]
     weight_key, shift_key = jax.random.split(key)
-    weights = jax.random.normal(weight_key, (inputs.shape[1], num_features), inputs.dtype) / bandwidth
+    weights = (
+        jax.random.normal(weight_key, (inputs.shape[1], num_features), inputs.dtype) / bandwidth
+    )
     shift = jax.random.uniform(shift_key, (num_features,), inputs.dtype, 0, 2 * jnp.pi)
     return _with(splits, "inputs", jnp.sqrt(2 / num_features) * jnp.cos(inputs @ weights + shift))
 
 
-def encode(splits: Splits, encoder: Callable[[jax.Array], jax.Array], batch_size: int = 1024) -> Splits:
+def encode(
+    splits: Splits, encoder: Callable[[jax.Array], jax.Array], batch_size: int = 1024
+) -> Splits:
     """The outputs of a frozen shared encoder, ``inputs [batch, ...] -> [batch, features]``, instead of the inputs."""
     inputs = splits.train.examples["inputs"]
     run = jax.jit(encoder)

@@ -17,14 +17,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fedjax_mtl.federation import Splits, make_federation
+from fedjax_mtl.core.federation import Splits, make_federation
 from fedjax_mtl.tasks.language import IGNORED
 
 TEMPLATES = ("alpaca", "short")
 
-_DOLLY = (
-    "the file databricks-dolly-15k.jsonl, one object a line with instruction, context, response and category"
-)
+_DOLLY = "the file databricks-dolly-15k.jsonl, one object a line with instruction, context, response and category"
 _NATURAL = (
     "a task of Natural Instructions 2.8 (the folder tasks of https://github.com/allenai/natural-instructions), "
     "an object with Definition, a list of texts, and Instances, a list of objects with input and output"
@@ -72,7 +70,9 @@ def load_dolly(path: str | os.PathLike[str]) -> list[Instruction]:
         record = _parse(line, where, _DOLLY)
         item = Instruction(*(_text(record, field, where, _DOLLY) for field in Instruction._fields))
         if not item.response.strip():
-            raise ValueError(f"{where}: the response is empty; remove the line, there is nothing to learn")
+            raise ValueError(
+                f"{where}: the response is empty; remove the line, there is nothing to learn"
+            )
         found.append(item)
     if not found:
         raise ValueError(f"{path} holds no instruction; expected {_DOLLY}")
@@ -125,7 +125,9 @@ def load_natural_instructions(
         if len(instances) < fewest_instances:
             continue
         count = max(round(share * len(instances)), 2)
-        found += [instances[row] for row in np.sort(rng.choice(len(instances), count, replace=False))]
+        found += [
+            instances[row] for row in np.sort(rng.choice(len(instances), count, replace=False))
+        ]
         kept += 1
         if kept == num_tasks:
             return found
@@ -191,7 +193,9 @@ def _text(record: dict[str, Any], field: str, where: str, expected: str) -> str:
 def _first_text(record: dict[str, Any], field: str, where: str) -> str:
     values = record.get(field)
     if not isinstance(values, list) or not values or not isinstance(values[0], str):
-        raise ValueError(f"{where}: field {field!r} is missing or no list of texts; expected {_NATURAL}")
+        raise ValueError(
+            f"{where}: field {field!r} is missing or no list of texts; expected {_NATURAL}"
+        )
     return values[0]
 
 
@@ -253,7 +257,9 @@ class FileTokenizer:
         empty = tokenizer.encode("")
         added = zip(empty.ids, empty.special_tokens_mask, strict=True)
         # Some put an end after every text as well; it belongs after the answer only.
-        self.start_tokens: list[int] = [token for token, special in added if special and token != end_token]
+        self.start_tokens: list[int] = [
+            token for token, special in added if special and token != end_token
+        ]
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -262,7 +268,9 @@ class FileTokenizer:
         return self._tokenizer.decode(_before(tokens, self.end_token), skip_special_tokens=True)
 
 
-def load_tokenizer(directory: str | os.PathLike[str], end_token: str | None = None) -> FileTokenizer:
+def load_tokenizer(
+    directory: str | os.PathLike[str], end_token: str | None = None
+) -> FileTokenizer:
     """Reads ``tokenizer.json`` from a model's folder.
 
     Args:
@@ -277,7 +285,9 @@ def load_tokenizer(directory: str | os.PathLike[str], end_token: str | None = No
 
     directory = Path(directory)
     path = directory / "tokenizer.json"
-    _check_there(path, "the tokenizer that the Hugging Face tokenizers library saves beside a model")
+    _check_there(
+        path, "the tokenizer that the Hugging Face tokenizers library saves beside a model"
+    )
     try:
         tokenizer = LibraryTokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -297,7 +307,9 @@ def _end_name(directory: Path) -> str | None:
     for name in _SETTINGS_FILES:
         path = directory / name
         if path.is_file():
-            named = _parse(path.read_bytes(), str(path), "the settings of a tokenizer").get("eos_token")
+            named = _parse(path.read_bytes(), str(path), "the settings of a tokenizer").get(
+                "eos_token"
+            )
             named = named.get("content") if isinstance(named, dict) else named
             if named:
                 return named
@@ -332,7 +344,10 @@ def format_prompt(instruction: str, context: str = "", template: str = "alpaca")
 
 
 def encode(
-    instructions: Sequence[Instruction], tokenizer: Tokenizer, max_length: int, template: str = "alpaca"
+    instructions: Sequence[Instruction],
+    tokenizer: Tokenizer,
+    max_length: int,
+    template: str = "alpaca",
 ) -> dict[str, np.ndarray]:
     """Examples to train on: ``inputs`` and ``labels``, int32 ``[n, max_length]``, filled up on the right.
 
@@ -351,7 +366,9 @@ def encode(
         prompt = _prompt_tokens(item, tokenizer, max_length + 1 - len(answer), template)
         tokens = np.array([*prompt, *answer][: max_length + 1], np.int32)
         if len(prompt) > max_length:
-            raise ValueError(_does_not_fit(row, len(prompt), f"max_length {max_length} and an answer"))
+            raise ValueError(
+                _does_not_fit(row, len(prompt), f"max_length {max_length} and an answer")
+            )
         inputs[row, : len(tokens) - 1] = tokens[:-1]
         tokens[: len(prompt)] = IGNORED
         labels[row, : len(tokens) - 1] = tokens[1:]
@@ -359,7 +376,10 @@ def encode(
 
 
 def encode_prompts(
-    instructions: Sequence[Instruction], tokenizer: Tokenizer, capacity: int, template: str = "alpaca"
+    instructions: Sequence[Instruction],
+    tokenizer: Tokenizer,
+    capacity: int,
+    template: str = "alpaca",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts to generate answers from: int32 ``[n, capacity]``, filled up on the right, and their lengths, int32 ``[n]``.
 
@@ -386,7 +406,11 @@ def keep_fitting(
     instructions: Sequence[Instruction], tokenizer: Tokenizer, room: int, template: str = "alpaca"
 ) -> list[Instruction]:
     """Those whose prompt fits into ``room`` tokens, if need be without context: what :func:`encode` takes as ``max_length``."""
-    return [item for item in instructions if len(_prompt_tokens(item, tokenizer, room, template)) <= room]
+    return [
+        item
+        for item in instructions
+        if len(_prompt_tokens(item, tokenizer, room, template)) <= room
+    ]
 
 
 def _prompt_tokens(item: Instruction, tokenizer: Tokenizer, room: int, template: str) -> list[int]:
@@ -399,7 +423,9 @@ def _prompt_tokens(item: Instruction, tokenizer: Tokenizer, room: int, template:
         text = format_prompt(item.instruction, item.context[cut:], template)
         return [*tokenizer.start_tokens, *tokenizer.encode(text)]
 
-    cut = bisect.bisect_left(range(len(item.context)), True, key=lambda cut: len(tokens(cut)) <= room)
+    cut = bisect.bisect_left(
+        range(len(item.context)), True, key=lambda cut: len(tokens(cut)) <= room
+    )
     return tokens(cut)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import entr
 
-from fedjax_mtl.federation import Splits, make_federation
+from fedjax_mtl.core.federation import Splits, make_federation
 
 # Distinct streams of one seed: what a base model is pre-trained on is independent of the clients.
 _CLIENTS, _PRETRAINING = 0, 1
@@ -139,7 +139,9 @@ def _swap_images(permutation: np.ndarray, swaps: int, rng: np.random.Generator) 
     return swapped
 
 
-def _sample(successors: np.ndarray, length: int, follow: float, rng: np.random.Generator) -> np.ndarray:
+def _sample(
+    successors: np.ndarray, length: int, follow: float, rng: np.random.Generator
+) -> np.ndarray:
     """One sequence a row of ``successors [n, vocabulary]``, int32 ``[n, length]``."""
     count, vocabulary = successors.shape
     tokens = np.empty((count, length), np.int32)

@@ -34,7 +34,9 @@ def hold_out_evenly(mixtures: np.ndarray, num_held: int) -> np.ndarray:
     return mixtures[np.concatenate([held, np.setdiff1d(np.arange(len(mixtures)), held)])]
 
 
-def draw_clients(pool: np.ndarray, num_clients: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def draw_clients(
+    pool: np.ndarray, num_clients: int, size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Each client's ``size`` different rows of a pool, drawn independently of the other clients'.
 
     Clients that are samples of underlying distributions may hold the same image, each with what its own component makes of it; give training and test
@@ -44,7 +46,9 @@ def draw_clients(pool: np.ndarray, num_clients: int, size: int, rng: np.random.G
         ValueError: the pool is smaller than ``size``.
     """
     if not 1 <= size <= len(pool):
-        raise ValueError(f"a client cannot draw {size} different examples from a pool of {len(pool)}")
+        raise ValueError(
+            f"a client cannot draw {size} different examples from a pool of {len(pool)}"
+        )
     return [rng.choice(pool, size, replace=False) for _ in range(num_clients)]
 
 
@@ -68,18 +72,24 @@ def draw_components(
     return components
 
 
-def label_permutations(num_components: int, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+def label_permutations(
+    num_components: int, num_classes: int, rng: np.random.Generator
+) -> np.ndarray:
     """One permutation of the labels a component, int ``[components, classes]``; the first is the identity."""
     others = [rng.permutation(num_classes) for _ in range(num_components - 1)]
     return np.stack([np.arange(num_classes), *others])
 
 
-def permute_labels(labels: np.ndarray, components: np.ndarray, permutations: np.ndarray) -> np.ndarray:
+def permute_labels(
+    labels: np.ndarray, components: np.ndarray, permutations: np.ndarray
+) -> np.ndarray:
     """``permutations[component, label]`` of every example: components share the inputs and differ in p(y | x), as FedEM assumes."""
     return permutations[np.maximum(components, 0), labels].astype(labels.dtype)
 
 
-def rotate_images(images: np.ndarray, components: np.ndarray, angles: Sequence[float]) -> np.ndarray:
+def rotate_images(
+    images: np.ndarray, components: np.ndarray, angles: Sequence[float]
+) -> np.ndarray:
     """Images ``[n, h, w, c]`` turned by their component's angle in degrees: components differ in p(x), beyond FedEM's assumption.
 
     Quarter turns of square images are exact; other angles are interpolated linearly and padded with zeros.

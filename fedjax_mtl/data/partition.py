@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_mtl.federation import Federation, Splits, make_federation
+from fedjax_mtl.core.federation import Federation, Splits, make_federation
 
 Rows = list[np.ndarray]
 
@@ -98,7 +98,9 @@ def pachinko(
         raise ValueError(
             f"{num_clients} clients of {size} examples need more than the {len(labels)} there are"
         )
-    pools = {fine: list(rng.permutation(np.nonzero(labels == fine)[0])) for fine in np.unique(labels)}
+    pools = {
+        fine: list(rng.permutation(np.nonzero(labels == fine)[0])) for fine in np.unique(labels)
+    }
     children: dict[Any, list] = {}
     for fine in pools:
         children.setdefault(coarse_labels[pools[fine][0]], []).append(fine)
@@ -155,7 +157,9 @@ def split_clients(
         raise ValueError(f"unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
     rows = [own for own in rows if len(own) >= 2]
     if not rows:
-        raise ValueError("no client owns two examples, one to train on and one to test; use fewer clients")
+        raise ValueError(
+            "no client owns two examples, one to train on and one to test; use fewer clients"
+        )
     train, test = [], []
     for own in rows:
         shuffled = rng.permutation(own)

@@ -344,7 +344,9 @@ def occlusions(hits: Hits, threshold: float = 0.05) -> np.ndarray:
     return found
 
 
-def heat_map(points: np.ndarray, depth: np.ndarray, focal: float, slack: float, sigma: float) -> np.ndarray:
+def heat_map(
+    points: np.ndarray, depth: np.ndarray, focal: float, slack: float, sigma: float
+) -> np.ndarray:
     """Gaussian bumps at the projections of visible points, the maximum where they meet, float ``[height,
     width]`` in [0, 1].
 

@@ -41,7 +41,9 @@ _FOCAL = {"A": 0.9, "B": 1.3}  # in image widths
 _NOISE = {"A": 4.0, "B": 7.0}
 _MISSING = 0.02
 # Where the pseudo-labels of the real domain B know the surface, and so do these.
-_NORMALS_OF_B = [CLASSES["B"].index(name) for name in ("background", "person", "crate", "car", "pole")]
+_NORMALS_OF_B = [
+    CLASSES["B"].index(name) for name in ("background", "person", "crate", "car", "pole")
+]
 
 
 class View(NamedTuple):
@@ -75,10 +77,14 @@ def _image_size(domain: str, size: str | tuple[int, int]) -> tuple[int, int]:
 
 def _image(view: View, noise: float) -> np.ndarray:
     scene, rays, focal, hits, rng = view
-    image = ray_casting.shade(hits, [piece.paint for piece in scene.pieces], scene.light, rays, focal, rng)
+    image = ray_casting.shade(
+        hits, [piece.paint for piece in scene.pieces], scene.light, rays, focal, rng
+    )
     rise = np.clip(-rays @ scene.down / np.linalg.norm(rays, axis=-1) / 0.6, 0, 1)[..., None]
     stretch = rng.uniform(4, 14, 2) * np.array([1, 2.5])
-    clouds = np.sin(rays[..., 0] * stretch[0] + rng.uniform(0, 6)) * np.sin(rays[..., 1] * stretch[1] + 1)
+    clouds = np.sin(rays[..., 0] * stretch[0] + rng.uniform(0, 6)) * np.sin(
+        rays[..., 1] * stretch[1] + 1
+    )
     sky = scene.sky[0] * (1 - rise) + scene.sky[1] * rise + 24 * np.maximum(clouds, 0)[..., None]
     image = np.where((hits.index < 0)[..., None], sky, image)
     image += noise * rng.standard_normal(image.shape)
@@ -101,7 +107,9 @@ def _salient(instances: np.ndarray, first_object: int) -> np.ndarray:
         rows, columns = np.nonzero(instances == instance)
         if not len(rows):
             continue
-        away = ((rows.mean() + 0.5) / height - 0.5) ** 2 + ((columns.mean() + 0.5) / width - 0.5) ** 2
+        away = ((rows.mean() + 0.5) / height - 0.5) ** 2 + (
+            (columns.mean() + 0.5) / width - 0.5
+        ) ** 2
         score = len(rows) * np.exp(-away / (2 * 0.25**2))
         if score > best_score:
             best, best_score = instances == instance, score
@@ -196,10 +204,13 @@ def render(
     if extras:
         labels |= _extras(view, image)
     labels = {
-        name: np.atleast_3d(values).astype(np.float32) for name, values in {"image": image, **labels}.items()
+        name: np.atleast_3d(values).astype(np.float32)
+        for name, values in {"image": image, **labels}.items()
     }
     height, width = image.shape[:2]
-    return labels | {"meta": np.array([seed, _DOMAINS[domain], _SPLITS[split], index, height, width])}
+    return labels | {
+        "meta": np.array([seed, _DOMAINS[domain], _SPLITS[split], index, height, width])
+    }
 
 
 def preprocess(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -221,7 +232,10 @@ def horizontal_flip(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The mirrored image and labels, before or after ``preprocess``: the x-component of known normals
     changes its sign.
     """
-    result = {name: values[:, ::-1].copy() if values.ndim == 3 else values for name, values in sample.items()}
+    result = {
+        name: values[:, ::-1].copy() if values.ndim == 3 else values
+        for name, values in sample.items()
+    }
     if "normals" in result:
         known = (result["normals"] != IGNORE).any(axis=-1)
         result["normals"][known, 0] *= -1

@@ -53,7 +53,9 @@ def _person(rng, place):
     lowest = min(min(start[1], end[1]) - radius for start, end, radius, _, _ in limbs)
     pieces = []
     for start, end, radius, paint, part in limbs:
-        ends = [point_at(place, *tall * (point - np.array([0, lowest, 0]))) for point in (start, end)]
+        ends = [
+            point_at(place, *tall * (point - np.array([0, lowest, 0]))) for point in (start, end)
+        ]
         pieces.append(Piece(Capsule(*ends, tall * radius), paint, part=part))
     return pieces
 
@@ -69,10 +71,14 @@ def _animal(rng, place):
     ]
     for right in (-half, half):
         for forward in (-0.1, 0.1):
-            limbs.append(((right, 0.5, forward), (right + rng.uniform(-0.15, 0.15), 0.07, forward), 0.07))
+            limbs.append(
+                ((right, 0.5, forward), (right + rng.uniform(-0.15, 0.15), 0.07, forward), 0.07)
+            )
     shapes = [
         Capsule(
-            point_at(place, *size * np.array(start)), point_at(place, *size * np.array(end)), size * radius
+            point_at(place, *size * np.array(start)),
+            point_at(place, *size * np.array(end)),
+            size * radius,
         )
         for start, end, radius in limbs
     ]
@@ -113,7 +119,9 @@ def _car(rng, place):
 
 def _pole(rng, place):
     height, radius = rng.uniform((2.2, 0.09), (3.2, 0.14))
-    rings = paint_near(rng, (190, 190, 200), scale=0.6, stripes=(0, 1, 0), contrast=0.45, grain=0.03)
+    rings = paint_near(
+        rng, (190, 190, 200), scale=0.6, stripes=(0, 1, 0), contrast=0.45, grain=0.03
+    )
     return [Piece(Cylinder(point_at(place, 0, 0, 0), point_at(place, 0, height, 0), radius), rings)]
 
 
@@ -164,7 +172,9 @@ def outdoor_scene(rng: np.random.Generator) -> Scene:
         label, instance = CLASSES["B"].index(name), len(taken) + 1
         pieces += [piece._replace(instance=instance, label=label) for piece in build(rng, place)]
     side, above = rng.uniform(0.5, 2.4) * rng.choice([-1, 1]), rng.uniform(0.5, 1.0)
-    sun = np.array([np.cos(above) * np.sin(side), -np.sin(above), -np.cos(above) * np.cos(side), 0.0])
+    sun = np.array(
+        [np.cos(above) * np.sin(side), -np.sin(above), -np.cos(above) * np.cos(side), 0.0]
+    )
     sky = np.array([(200, 226, 250), (60, 130, 238)]) * rng.uniform(0.88, 1.02, 3)
     rotation = about_right(np.radians(rng.uniform(-3, 8)))
     scene = Scene(pieces, Light(sun, 0.45, 0.7), np.array([0.0, 1, 0]), sky, np.zeros((0, 3)))

@@ -48,7 +48,10 @@ def _table(rng, place):
     wood = paint_near(rng, (198, 138, 62), scale=0.25, stripes=(1, 0, 0), contrast=0.12)
     top = block_at(place, (-width, height - 0.07, -depth), (width, height, depth))
     corners = [(x, z) for x in (-width + 0.06, width - 0.06) for z in (-depth + 0.06, depth - 0.06)]
-    legs = [block_at(place, (x - 0.05, 0, z - 0.05), (x + 0.05, height - 0.07, z + 0.05)) for x, z in corners]
+    legs = [
+        block_at(place, (x - 0.05, 0, z - 0.05), (x + 0.05, height - 0.07, z + 0.05))
+        for x, z in corners
+    ]
     return [Piece(shape, wood) for shape in [top, *legs]]
 
 
@@ -109,7 +112,10 @@ def _cushion(rng, place):
     half, radius = rng.uniform((0.2, 0.17), (0.32, 0.22))
     cloth = paint_near(rng, (206, 176, 66), scale=0.12, stripes=(0.7, 0, 0.7), contrast=0.2)
     return [
-        Piece(Capsule(point_at(place, -half, radius, 0), point_at(place, half, radius, 0), radius), cloth)
+        Piece(
+            Capsule(point_at(place, -half, radius, 0), point_at(place, half, radius, 0), radius),
+            cloth,
+        )
     ]
 
 
@@ -125,7 +131,9 @@ def _to_wall(room: _Room, angle: float) -> tuple[float, Place]:
     """
     direction = np.array([np.sin(angle), 0, np.cos(angle)])
     sides = np.where(direction > 0, room.high, room.low)
-    reach = np.where(np.abs(direction) > 1e-9, sides / np.where(direction == 0, 1, direction), np.inf)
+    reach = np.where(
+        np.abs(direction) > 1e-9, sides / np.where(direction == 0, 1, direction), np.inf
+    )
     reach[1] = np.inf
     axis = int(np.argmin(reach))
     heading = np.pi / 2 * np.sign(direction[0]) if axis == 0 else 0.0
@@ -144,7 +152,9 @@ def _find_place(rng, room: _Room, taken: list[np.ndarray], on_wall: bool) -> Pla
         fits = reach > 2.2
         if not on_wall:
             away = rng.uniform(1.9, max(2.0, reach - 0.6))
-            point = away * np.array([np.sin(angle), 0, np.cos(angle)]) + np.array([0, room.floor, 0])
+            point = away * np.array([np.sin(angle), 0, np.cos(angle)]) + np.array(
+                [0, room.floor, 0]
+            )
             place = (point, angle + rng.uniform(-0.6, 0.6))
         gap = min((np.linalg.norm(place[0] - other) for other in taken), default=np.inf)
         # A place against a wall too close fills the view: it is the last resort.
@@ -165,9 +175,13 @@ def _shell(rng, room: _Room) -> list[Piece]:
         Piece(Plane(np.array([0.0, 1, 0]), room.floor), floor, 1, 0),
         Piece(Plane(np.array([0.0, -1, 0]), -room.ceiling), ceiling, 2, 2),
     ]
-    for number, (axis, side) in enumerate([(2, room.high), (0, room.low), (0, room.high), (2, room.low)]):
+    for number, (axis, side) in enumerate(
+        [(2, room.high), (0, room.low), (0, room.high), (2, room.low)]
+    ):
         sign = np.sign(side[axis])
-        wall = paint_near(rng, np.array((206, 192, 168)) * tint, scale=1.5, contrast=0.04, jitter=0.04)
+        wall = paint_near(
+            rng, np.array((206, 192, 168)) * tint, scale=1.5, contrast=0.04, jitter=0.04
+        )
         pieces.append(Piece(Plane(sign * np.eye(3)[axis], sign * side[axis]), wall, 3 + number, 1))
     return pieces
 
@@ -192,13 +206,19 @@ def room_scene(rng: np.random.Generator) -> Scene:
         place = _find_place(rng, room, taken, name in _ON_WALL)
         taken.append(place[0])
         label, instance = CLASSES["A"].index(name), len(taken) + 6
-        pieces += [piece._replace(instance=instance, label=label) for piece in builders[name](rng, place)]
+        pieces += [
+            piece._replace(instance=instance, label=label) for piece in builders[name](rng, place)
+        ]
     unlabelled = rng.random(len(taken) + 7) < _UNLABELLED
-    pieces = [piece._replace(label=IGNORE) if unlabelled[piece.instance] else piece for piece in pieces]
+    pieces = [
+        piece._replace(label=IGNORE) if unlabelled[piece.instance] else piece for piece in pieces
+    ]
     lamp = np.array([rng.uniform(-0.6, 0.6), room.ceiling + 0.3, rng.uniform(0.8, 0.6 * length)])
     ends = np.stack([room.low, room.high])
     ends[:, 1] = room.ceiling, room.floor
     landmarks = np.stack(np.meshgrid(*ends.T), axis=-1).reshape(-1, 3)
     light = Light(np.append(lamp, 1.0), 0.5, 0.5)
     rotation = about_right(np.radians(rng.uniform(-5, 15))) @ about_down(-room.yaw)
-    return turn_scene(Scene(pieces, light, np.array([0.0, 1, 0]), np.zeros((2, 3)), landmarks), rotation)
+    return turn_scene(
+        Scene(pieces, light, np.array([0.0, 1, 0]), np.zeros((2, 3)), landmarks), rotation
+    )

@@ -35,7 +35,9 @@ def _builder_class(domain: str, size: str, profile: str, seed: int, extras: bool
 
     def sample(split, index):
         made = rendered.preprocess(rendered.render(domain, split, index, size, seed, extras))
-        return {name: np.asarray(value, np.float32) for name, value in made.items() if name != "meta"}
+        return {
+            name: np.asarray(value, np.float32) for name, value in made.items() if name != "meta"
+        }
 
     shapes = {name: value.shape for name, value in sample("train", 0).items()}
 
@@ -109,7 +111,9 @@ def load_scenes(
     for split in ("train", "test"):
         source = builder.as_data_source(split=split, file_format=FORMAT)
         records = source.__getitems__(range(len(source)))
-        loaded[split] = {name: np.stack([record[name] for record in records]) for name in records[0]}
+        loaded[split] = {
+            name: np.stack([record[name] for record in records]) for name in records[0]
+        }
     return loaded
 
 
@@ -122,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", choices=sorted(rendered.LENGTHS), default="small")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--data_dir", help="TFDS data directory (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+        "--data_dir",
+        help="TFDS data directory (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)",
     )
     arguments = parser.parse_args(argv)
     for domain in sorted(rendered.TASKS):

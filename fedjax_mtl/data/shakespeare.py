@@ -113,7 +113,9 @@ def load_shakespeare(
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}.")
     if max_windows_per_client is not None and max_windows_per_client < 1:
-        raise ValueError(f"max_windows_per_client must be at least 1, got {max_windows_per_client}.")
+        raise ValueError(
+            f"max_windows_per_client must be at least 1, got {max_windows_per_client}."
+        )
 
     names: list[str] = []
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # codes of the training and test text
@@ -218,7 +220,9 @@ def read_roles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
             if spoken:
                 said.append(spoken)
 
-    plays = [(title, roles) for title, roles in plays if len(roles) >= 2 and title.upper() not in _POEMS]
+    plays = [
+        (title, roles) for title, roles in plays if len(roles) >= 2 and title.upper() not in _POEMS
+    ]
     if not plays:
         raise ValueError(
             f"{path}: no play found; expected titles followed by 'by William Shakespeare' and "
@@ -267,9 +271,13 @@ _CODES = np.full(256, _NO_CODE, np.uint8)
 _CODES[np.frombuffer(CHARACTERS.encode("ascii"), np.uint8)] = np.arange(len(CHARACTERS))
 
 
-def _num_windows(train_length: int, test_length: int, stride: int, limit: int | None) -> tuple[int, int]:
+def _num_windows(
+    train_length: int, test_length: int, stride: int, limit: int | None
+) -> tuple[int, int]:
     """How many windows to keep of a role's training text and of its test text."""
-    num_train, num_test = (max(0, -(-(length - WINDOW) // stride)) for length in (train_length, test_length))
+    num_train, num_test = (
+        max(0, -(-(length - WINDOW) // stride)) for length in (train_length, test_length)
+    )
     if limit is not None and num_train + num_test > limit:
         num_test = min(num_test, limit // 5)
         num_train = min(num_train, limit - num_test)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_mtl.federation import Splits, make_federation
+from fedjax_mtl.core.federation import Splits, make_federation
 
 _SMALLEST_CLIENT, _LARGEST_CLIENT = 50, 1000
 
@@ -94,7 +94,9 @@ def synthetic_mixture(
             start += count
     examples = {"inputs": np.concatenate(inputs), "labels": np.concatenate(labels)}
     seen = num_clients - int(round(unseen_fraction * num_clients))
-    splits = Splits(make_federation(examples, train_rows[:seen]), make_federation(examples, test_rows[:seen]))
+    splits = Splits(
+        make_federation(examples, train_rows[:seen]), make_federation(examples, test_rows[:seen])
+    )
     if seen < num_clients:
         shared = splits.train.examples
         splits = splits._replace(

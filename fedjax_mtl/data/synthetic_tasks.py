@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_mtl.federation import Federation, Splits, make_federation
+from fedjax_mtl.core.federation import Federation, Splits, make_federation
 
 
 class PopulationSplits(NamedTuple):
@@ -108,7 +108,9 @@ def conflicting_tasks(
         t = 2 * np.tanh(1.5 * x @ mixing.T) @ rotation
         made["regression" if task % 2 == 0 else "classification"].append((task, x, t))
     splits = {name: _conflicting_group(name, clients, num_train) for name, clients in made.items()}
-    return PopulationSplits({n: s[0] for n, s in splits.items()}, {n: s[1] for n, s in splits.items()})
+    return PopulationSplits(
+        {n: s[0] for n, s in splits.items()}, {n: s[1] for n, s in splits.items()}
+    )
 
 
 def _conflicting_group(name: str, clients: list, num_train: int) -> tuple[Federation, Federation]:

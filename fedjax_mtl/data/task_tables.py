@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_mtl.federation import Splits, make_federation
+from fedjax_mtl.core.federation import Splits, make_federation
 
 Path = str | pathlib.Path
 
@@ -49,7 +49,9 @@ def load_task_table(path: Path) -> TaskTable:
         with np.load(path) as stored:
             missing = sorted({"X", "y", "task_sizes"} - set(stored))
             if missing:
-                raise ValueError(f"{path} has no array {missing[0]!r}; it needs X, y and task_sizes")
+                raise ValueError(
+                    f"{path} has no array {missing[0]!r}; it needs X, y and task_sizes"
+                )
             table = stored["X"], stored["y"], stored["task_sizes"]
         if not len(table[0]) == len(table[1]) == table[2].sum():
             raise ValueError(

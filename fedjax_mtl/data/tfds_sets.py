@@ -159,7 +159,9 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict
 
     spec = _SETS[name]
     builder = tfds.builder_from_directory(os.fspath(directory))
-    sources = [builder.as_data_source(split=split, file_format=FORMAT) for split in ("train", "test")]
+    sources = [
+        builder.as_data_source(split=split, file_format=FORMAT) for split in ("train", "test")
+    ]
     num = sum(len(source) for source in sources)
     inputs = np.empty((num, *spec.shape), np.uint8)
     labels = np.empty((num,), np.int32)
@@ -234,7 +236,9 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
     import tensorflow_datasets as tfds
 
     builder = _builder_class(name)(data_dir=os.fspath(data_root(data_dir)), file_format=FORMAT)
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
     return Path(builder.data_dir)
 
 
@@ -312,7 +316,9 @@ def _builder_class(name: str) -> type[Any]:
                     features=tfds.features.FeaturesDict(
                         {
                             # `Image` would need TensorFlow to encode an array.
-                            "image": tfds.features.Tensor(shape=spec.shape, dtype=np.uint8, encoding="zlib"),
+                            "image": tfds.features.Tensor(
+                                shape=spec.shape, dtype=np.uint8, encoding="zlib"
+                            ),
                             "label": tfds.features.ClassLabel(num_classes=spec.num_classes),
                         }
                     ),
@@ -325,7 +331,9 @@ def _builder_class(name: str) -> type[Any]:
                 archive = os.fspath(dl_manager.download(ARCHIVES[name]))
                 return {part: self._generate_examples(archive, part) for part in ("train", "test")}
 
-            def _generate_examples(self, archive: str, part: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            def _generate_examples(
+                self, archive: str, part: str
+            ) -> Iterator[tuple[int, dict[str, Any]]]:
                 for index, (image, label) in enumerate(read(archive, part)):
                     yield index, {"image": image, "label": label}
 
@@ -399,7 +407,9 @@ def _read_cifar(name: str, archive: str, part: str) -> Iterator[tuple[np.ndarray
             records = records.reshape(-1, num_labels + 3072)
             labels = records[:, num_labels - 1]
             if name == "cifar100" and not (CIFAR100_COARSE[labels] == records[:, 0]).all():
-                raise ValueError(f"{archive}: {member} has coarse labels other than those of CIFAR-100.")
+                raise ValueError(
+                    f"{archive}: {member} has coarse labels other than those of CIFAR-100."
+                )
             images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             yield from zip(images, labels.tolist(), strict=True)
 

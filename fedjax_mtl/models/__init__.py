@@ -1,9 +1,10 @@
 """Models: pairs of pure functions, with flax behind them."""
 
+from fedjax_mtl.core.model import Model
 from fedjax_mtl.models import adapters
-from fedjax_mtl.models.base import Model, from_flax
 from fedjax_mtl.models.convolution import PatchConv
 from fedjax_mtl.models.dense_prediction import multi_decoder, task_conditioned
+from fedjax_mtl.models.linen import from_flax
 from fedjax_mtl.models.lora import lora
 from fedjax_mtl.models.multitask import body_and_head, many_heads
 from fedjax_mtl.models.networks import MLP, CharLSTM, Linear, TwoLayerCNN, cnn, linear, lstm, mlp

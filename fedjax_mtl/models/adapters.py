@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 PyTree = Any
 
@@ -36,5 +36,8 @@ def load_base(params: PyTree, weights: PyTree) -> PyTree:
             raise ValueError(
                 f"{'/'.join(path)} has shape {new[path].shape} in the weights but {leaf.shape} in the model; check its configuration"
             )
-    filled = {path: jnp.broadcast_to(new[path], leaf.shape).astype(leaf.dtype) for path, leaf in old.items()}
+    filled = {
+        path: jnp.broadcast_to(new[path], leaf.shape).astype(leaf.dtype)
+        for path, leaf in old.items()
+    }
     return {**params, "base": trees.from_paths(filled)}

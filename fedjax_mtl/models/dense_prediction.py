@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_mtl.models.base import Model, from_flax
+from fedjax_mtl.core.model import Model
 from fedjax_mtl.models.convolution import PatchConv
+from fedjax_mtl.models.linen import from_flax
 
 
 class DenseSize(NamedTuple):
@@ -104,7 +105,9 @@ class Block(nn.Module):
             scale = self.param("scale", nn.initializers.ones_init(), (self.features,))
             shift = self.param("shift", nn.initializers.zeros_init(), (self.features,))
             return nn.relu(x * scale + shift)
-        scale = nn.Dense(self.features, bias_init=nn.initializers.ones_init(), name="scale")(embedding)
+        scale = nn.Dense(self.features, bias_init=nn.initializers.ones_init(), name="scale")(
+            embedding
+        )
         shift = nn.Dense(self.features, name="shift")(embedding)
         return nn.leaky_relu(x * scale + shift, 0.01)
 
@@ -144,7 +147,10 @@ class Decoders(nn.Module):
 
     @nn.compact
     def __call__(self, maps: list[jax.Array]) -> dict[str, jax.Array]:
-        return {task: _finish(task, Decoder(self.channels, n, name=task)(maps)) for task, n in self.tasks}
+        return {
+            task: _finish(task, Decoder(self.channels, n, name=task)(maps))
+            for task, n in self.tasks
+        }
 
 
 class MultiDecoder(nn.Module):
@@ -209,17 +215,23 @@ class TaskConditioned(nn.Module):
             code = np.zeros(self.size.embedding_width, np.float32)
             code[first : first + unit] = 1
             x = decode(maps, embed(jnp.asarray(code)))
-            results[task] = _finish(task, pool_channels(x, channels) if channels != self.outputs else x)
+            results[task] = _finish(
+                task, pool_channels(x, channels) if channels != self.outputs else x
+            )
         return results
 
 
 def _checked_size(size: str) -> DenseSize:
     if size not in SIZES:
-        raise ValueError(f"unknown size {size!r} of a dense model; expected one of {', '.join(SIZES)}")
+        raise ValueError(
+            f"unknown size {size!r} of a dense model; expected one of {', '.join(SIZES)}"
+        )
     return SIZES[size]
 
 
-def multi_decoder(image_shape: tuple[int, int, int], tasks: dict[str, int], size: str = "small") -> Model:
+def multi_decoder(
+    image_shape: tuple[int, int, int], tasks: dict[str, int], size: str = "small"
+) -> Model:
     """One encoder, one decoder a task; parameters ``encoder`` and ``decoders/<task>``.
 
     Args:
@@ -251,7 +263,9 @@ def task_conditioned(
     if missing:
         raise ValueError(f"task {missing[0]!r} has no block in code_blocks {blocks}")
     if chosen.embedding_width < len(blocks):
-        raise ValueError(f"{len(blocks)} tasks do not fit an embedding of width {chosen.embedding_width}")
+        raise ValueError(
+            f"{len(blocks)} tasks do not fit an embedding of width {chosen.embedding_width}"
+        )
     outputs = {"tiny": 12, "small": 16}[size]
     module = TaskConditioned(chosen, tuple(tasks.items()), max(outputs, *tasks.values()), blocks)
     return from_flax(module, image_shape)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 from fedjax_mtl.models.dense import Dense
 
 PyTree = Any
@@ -60,7 +60,9 @@ def matching_layers(model: Any, targets: Sequence[str]) -> dict[trees.Path, Dens
             )
         chosen |= {names[name]: layers[names[name]] for name in matched}
     if not chosen:
-        raise ValueError("LoRA needs at least one target, a pattern of dense layers such as '*/attention/*'")
+        raise ValueError(
+            "LoRA needs at least one target, a pattern of dense layers such as '*/attention/*'"
+        )
     return chosen
 
 
@@ -123,7 +125,9 @@ def lora(
     return model._replace(**changed)
 
 
-def _adapted(tree: PyTree, layers: dict, scale: float, dropout: float, key: jax.Array | None) -> Any:
+def _adapted(
+    tree: PyTree, layers: dict, scale: float, dropout: float, key: jax.Array | None
+) -> Any:
     """A context in which the model's dense layers add their adapters."""
 
     def add(call, args, kwargs, context):
@@ -160,4 +164,6 @@ def merge(params: PyTree, *, rank: int, alpha: float | None = None) -> PyTree:
 
 def num_adapter_parameters(model: Any, targets: Sequence[str], rank: int) -> int:
     """``sum rank (inputs + outputs)`` over the targeted layers: what one client trains and sends."""
-    return sum(rank * (shape.inputs + shape.outputs) for shape in matching_layers(model, targets).values())
+    return sum(
+        rank * (shape.inputs + shape.outputs) for shape in matching_layers(model, targets).values()
+    )

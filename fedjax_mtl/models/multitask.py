@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_mtl.models.base import Model, from_flax
+from fedjax_mtl.core.model import Model
+from fedjax_mtl.models.linen import from_flax
 
 
 class Body(nn.Module):
@@ -35,7 +36,9 @@ class BodyAndHead(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         del train
         x = Body(self.hidden, self.gain, name="encoder")(x)
-        return nn.Dense(self.outputs, kernel_init=nn.initializers.normal(self.head_scale), name="decoder")(x)
+        return nn.Dense(
+            self.outputs, kernel_init=nn.initializers.normal(self.head_scale), name="decoder"
+        )(x)
 
 
 def body_and_head(
@@ -50,7 +53,9 @@ def body_and_head(
     return from_flax(BodyAndHead(tuple(hidden), outputs, gain, head_scale), (features,))
 
 
-def many_heads(features: int, outputs: int, num_heads: int, hidden: Sequence[int] = (64, 48)) -> Model:
+def many_heads(
+    features: int, outputs: int, num_heads: int, hidden: Sequence[int] = (64, 48)
+) -> Model:
     """One model with a linear head for each task, of which an example picks its own.
 
     Inputs ``{"features": [batch, features], "head": int [batch]}``; parameters ``encoder`` and ``heads`` (kernel ``[heads, width, outputs]``). All heads are in

@@ -11,14 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_mtl.models.base import Model, from_flax
+from fedjax_mtl.core.model import Model
 from fedjax_mtl.models.convolution import PatchConv, max_pool
 from fedjax_mtl.models.dense import Dense
+from fedjax_mtl.models.linen import from_flax
 
 
 def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     bound = 1.0 / max(fan_in, 1) ** 0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def _torch_kwargs(fan_in: int) -> dict[str, Any]:
@@ -105,7 +108,9 @@ class TwoLayerCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         del train
-        body = _ConvBody(self.channels, self.kernel, self.pools, self.hidden, self.conv, name="encoder")
+        body = _ConvBody(
+            self.channels, self.kernel, self.pools, self.hidden, self.conv, name="encoder"
+        )
         x = body(x)
         return Dense(self.outputs, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
 
@@ -146,7 +151,9 @@ class CharLSTM(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """int ``[batch, length] -> [batch, length, vocabulary]``."""
         del train
-        body = _RecurrentBody(self.vocabulary, self.embedding, self.hidden, self.layers, name="encoder")
+        body = _RecurrentBody(
+            self.vocabulary, self.embedding, self.hidden, self.layers, name="encoder"
+        )
         x = body(x)
         return Dense(self.vocabulary, name="decoder", **_torch_kwargs(x.shape[-1]))(x)
 

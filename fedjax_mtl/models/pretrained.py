@@ -118,7 +118,9 @@ def _entry(layout: _Layout, path: str, shape: tuple[int, ...]) -> _Entry:
     inside = module[block.end() :] if block else module
     where = layout.prefix + (layout.block.format(block[1]) if block else "")
     suffix = "bias" if leaf == "bias" else "weight"
-    return _Entry(f"{where}{layout.modules[inside]}.{suffix}", shape, layout.transposed and leaf == "kernel")
+    return _Entry(
+        f"{where}{layout.modules[inside]}.{suffix}", shape, layout.transposed and leaf == "kernel"
+    )
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -133,7 +135,9 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
     shards = sorted(set(json.loads((directory / _INDEX).read_text())["weight_map"].values()))
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
-        raise FileNotFoundError(f"{_INDEX} of {directory} names {absent}, which are not there; download them")
+        raise FileNotFoundError(
+            f"{_INDEX} of {directory} names {absent}, which are not there; download them"
+        )
     return [directory / shard for shard in shards]
 
 
@@ -157,7 +161,10 @@ def _stored(directory: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
 def _find_names(entries: dict[str, _Entry], prefix: str, stored: set[str]) -> dict[str, str]:
     """The stored name of every path; bare models lack the prefix."""
     bare = not any(name.startswith(prefix) for name in stored)
-    return {path: entry.name.removeprefix(prefix) if bare else entry.name for path, entry in entries.items()}
+    return {
+        path: entry.name.removeprefix(prefix) if bare else entry.name
+        for path, entry in entries.items()
+    }
 
 
 def _check_names(
@@ -181,7 +188,9 @@ def _check_names(
         )
 
 
-def load_safetensors(directory: Path, config: TransformerConfig, dtype: Any = jnp.float32) -> PyTree:
+def load_safetensors(
+    directory: Path, config: TransformerConfig, dtype: Any = jnp.float32
+) -> PyTree:
     """Reads a checkpoint of GPT-2's or Llama's layout, in one file or in shards.
 
     Args:
@@ -305,12 +314,16 @@ def from_hugging_face_config(directory: Path) -> TransformerConfig:
     """
     file = pathlib.Path(directory) / _CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds no {_CONFIG}; point to the directory of a checkpoint")
+        raise FileNotFoundError(
+            f"{directory} holds no {_CONFIG}; point to the directory of a checkpoint"
+        )
     values = json.loads(file.read_text())
     readers = {"gpt2": _read_gpt2, "llama": _read_llama}
     model_type = values.get("model_type")
     if model_type not in readers:
-        raise ValueError(f"{file} is of model_type {model_type!r}; only {tuple(readers)} can be read")
+        raise ValueError(
+            f"{file} is of model_type {model_type!r}; only {tuple(readers)} can be read"
+        )
     try:
         return readers[model_type](values)
     except KeyError as error:

@@ -31,7 +31,9 @@ class PromptEncoder(nn.Module):
         return nn.Dense(self.width)(x)
 
 
-def prompt_tuning(model: LanguageModel, *, num_tokens: int = 20, hidden: int = 128) -> LanguageModel:
+def prompt_tuning(
+    model: LanguageModel, *, num_tokens: int = 20, hidden: int = 128
+) -> LanguageModel:
     """The language model behind ``num_tokens`` learned virtual tokens.
 
     Parameters become ``{"adapters": the prompt encoder's, "base": the model's}``; train with ``frozen=adapters.base``. MIRA's baseline (arXiv 2410.15524) has 20 tokens and

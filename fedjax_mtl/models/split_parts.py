@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl.core.model import Part
 from fedjax_mtl.models.convolution import PatchConv
 from fedjax_mtl.models.dense_prediction import resize_bilinear
-from fedjax_mtl.split import Part
 
 
 def part_from_flax(module: nn.Module) -> Part:
@@ -62,7 +62,9 @@ class ViTTrunk(nn.Module):
     def __call__(self, embeddings: jax.Array) -> jax.Array:
         batch, height, width, channels = embeddings.shape
         tokens = embeddings.reshape(batch, height * width, channels)
-        positions = self.param("positions", nn.initializers.normal(0.02), (height * width, channels))
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (height * width, channels)
+        )
         tokens = tokens + positions
         for index in range(self.depth):
             tokens = AttentionBlock(self.heads, name=f"block_{index}")(tokens)
@@ -110,7 +112,9 @@ def deformable_convolution(
     Sampled bilinearly; outside the image is 0. Returns ``[batch, h, w, features]``.
     """
     batch, height, width, channels = images.shape
-    taps = jnp.stack(jnp.meshgrid(jnp.arange(-1, 2), jnp.arange(-1, 2), indexing="ij"), axis=-1).reshape(9, 2)
+    taps = jnp.stack(
+        jnp.meshgrid(jnp.arange(-1, 2), jnp.arange(-1, 2), indexing="ij"), axis=-1
+    ).reshape(9, 2)
     pixels = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1)
     places = (pixels[:, :, None] + taps).astype(images.dtype) + offsets
     low = jnp.floor(places)
@@ -122,12 +126,17 @@ def deformable_convolution(
     def corner(y, x):
         at = jnp.clip(low.astype(jnp.int32) + jnp.array([y, x]) + 1, 0, limit)
         flat = (at[..., 0] * (width + 2) + at[..., 1]).reshape(batch, -1)
-        values = jnp.take_along_axis(padded, flat[..., None], axis=1).reshape(*at.shape[:-1], channels)
+        values = jnp.take_along_axis(padded, flat[..., None], axis=1).reshape(
+            *at.shape[:-1], channels
+        )
         weight = jnp.abs(1 - y - share[..., 0]) * jnp.abs(1 - x - share[..., 1])
         return weight[..., None] * values
 
     sampled = corner(0, 0) + corner(0, 1) + corner(1, 0) + corner(1, 1)
-    return sampled.reshape(batch, height, width, 9 * channels) @ kernel.reshape(9 * channels, -1) + bias
+    return (
+        sampled.reshape(batch, height, width, 9 * channels) @ kernel.reshape(9 * channels, -1)
+        + bias
+    )
 
 
 class DeformableConv(nn.Module):
@@ -138,7 +147,9 @@ class DeformableConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, channels, self.features))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (3, 3, channels, self.features)
+        )
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         zero = nn.initializers.zeros_init()
         offsets = PatchConv(18, (3, 3), kernel_init=zero, bias_init=zero, name="offsets")(x)
@@ -190,7 +201,9 @@ class TaskAdaptation(nn.Module):
             nn.Dense(channels, name="self_out")(attend("self")(tokens, tokens))
         )
         asked = attend("query")(tokens, told)
-        tokens = tokens + nn.LayerNorm(name="query_norm")(nn.Dense(channels, name="query_out")(asked))
+        tokens = tokens + nn.LayerNorm(name="query_norm")(
+            nn.Dense(channels, name="query_out")(asked)
+        )
         return tokens.reshape(x.shape)
 
 

@@ -123,7 +123,9 @@ def tiny_transformer(
     max_length: int,
 ) -> TransformerConfig:
     """A small transformer for synthetic sequences: layer normalisation, exact GELU, learned positions, no biases, untied."""
-    return TransformerConfig(vocabulary, width, num_layers, num_heads, mlp_width, max_length, use_bias=False)
+    return TransformerConfig(
+        vocabulary, width, num_layers, num_heads, mlp_width, max_length, use_bias=False
+    )
 
 
 _GPT2_SIZES = {
@@ -231,7 +233,9 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     low, high = x[..., :half], x[..., half:]
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(
+        x.dtype
+    )
 
 
 def _dense(config: TransformerConfig, features: int, name: str, scale: float = 1.0) -> nn.Dense:
@@ -249,7 +253,9 @@ def _norm(config: TransformerConfig, name: str) -> nn.Module:
     if config.normalisation == "rms":
         return nn.RMSNorm(config.norm_epsilon, name=name)
     # Trained residual streams have channels far from zero, where the fast variance cancels.
-    return nn.LayerNorm(config.norm_epsilon, use_bias=config.use_bias, use_fast_variance=False, name=name)
+    return nn.LayerNorm(
+        config.norm_epsilon, use_bias=config.use_bias, use_fast_variance=False, name=name
+    )
 
 
 class Attention(nn.Module):
@@ -286,7 +292,9 @@ class Attention(nn.Module):
             parts = jnp.split(fused, [widths[0], widths[0] + widths[1]], axis=-1)
         else:
             names = ("query", "key", "value")
-            parts = [_dense(config, width, name)(x) for width, name in zip(widths, names, strict=True)]
+            parts = [
+                _dense(config, width, name)(x) for width, name in zip(widths, names, strict=True)
+            ]
         query, key, value = (
             part.reshape(*x.shape[:2], number, config.head_width)
             for part, number in zip(parts, heads, strict=True)
@@ -357,7 +365,9 @@ class Transformer(nn.Module):
         """Logits ``[batch, length, vocabulary]`` and the new cache, of int ``tokens [batch, length]``, ``positions [batch or 1, length]``."""
         config = self.config
         initial = nn.initializers.normal(0.02)
-        embedding = nn.Embed(config.vocabulary, config.width, embedding_init=initial, name="token_embedding")
+        embedding = nn.Embed(
+            config.vocabulary, config.width, embedding_init=initial, name="token_embedding"
+        )
         x = embedding(tokens)
         if config.positions == "learned":
             table = nn.Embed(
@@ -374,13 +384,15 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             logits = embedding.attend(x)
         else:
-            unembedding = nn.Dense(config.vocabulary, use_bias=False, kernel_init=initial, name="unembedding")
+            unembedding = nn.Dense(
+                config.vocabulary, use_bias=False, kernel_init=initial, name="unembedding"
+            )
             logits = unembedding(x)
         return logits, None if cache is None else tuple(remembered)
 
 
 class LanguageModel(NamedTuple):
-    """A model of token sequences; ``init`` and ``apply`` are those of a :class:`~fedjax_mtl.models.base.Model`.
+    """A model of token sequences; ``init`` and ``apply`` are those of a :class:`~fedjax_mtl.core.model.Model`.
 
     Attributes:
         init: ``key -> params``, a plain pytree.
@@ -411,7 +423,9 @@ def language_model(config: TransformerConfig) -> LanguageModel:
 
     def check(length: int) -> None:
         if length > config.max_length:
-            raise ValueError(f"{length} tokens exceed the model's max_length of {config.max_length}")
+            raise ValueError(
+                f"{length} tokens exceed the model's max_length of {config.max_length}"
+            )
 
     def init(key):
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -421,13 +435,16 @@ def language_model(config: TransformerConfig) -> LanguageModel:
         check(tokens.shape[1])
         positions = jnp.arange(tokens.shape[1])[None]
         rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, tokens, positions, train=key is not None, rngs=rngs)[0]
+        return module.apply(
+            {"params": params}, tokens, positions, train=key is not None, rngs=rngs
+        )[0]
 
     def empty_cache(batch, length, dtype=jnp.float32):
         check(length)
         shape = (batch, length, config.key_value_heads, config.head_width)
         return tuple(
-            KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+            KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            for _ in range(config.num_layers)
         )
 
     def step(params, tokens, cache, start):

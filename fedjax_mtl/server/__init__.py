@@ -5,9 +5,7 @@ from fedjax_mtl.server.compression import compress_clients, stochastic_levels, t
 from fedjax_mtl.server.decoupling import decouple_updates
 from fedjax_mtl.server.fairness import agnostic_average, q_fair_average
 from fedjax_mtl.server.hyper import HyperOptimizer, hyper_attention, hyper_conflict_averse
-from fedjax_mtl.server.privacy import private_average
-from fedjax_mtl.server.projection import conflict_averse, gp_aggregation, project_conflicts
-from fedjax_mtl.server.relations import (
+from fedjax_mtl.server.mixing import (
     attention_mixing,
     cluster_mixing,
     laplacian_mixing,
@@ -15,6 +13,8 @@ from fedjax_mtl.server.relations import (
     mix_models,
     only,
 )
+from fedjax_mtl.server.privacy import private_average
+from fedjax_mtl.server.projection import conflict_averse, gp_aggregation, project_conflicts
 from fedjax_mtl.server.robust import coordinate_median, trimmed_mean
 from fedjax_mtl.server.sheaf import sheaf_mixing, sheaf_traffic
 from fedjax_mtl.server.weighting import normalize_gradients

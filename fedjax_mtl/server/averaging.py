@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 
 class AverageClientsState(NamedTuple):
@@ -25,7 +25,14 @@ def average_clients() -> optax.GradientTransformationExtraArgs:
         return AverageClientsState()
 
     def update(
-        updates, state, params=None, *, weights=None, present=None, already_averaged=False, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        weights=None,
+        present=None,
+        already_averaged=False,
+        **extra_args,
     ):
         del params, extra_args
         if already_averaged:

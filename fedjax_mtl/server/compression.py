@@ -12,7 +12,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 from fedjax_mtl.server.decoupling import largest_entries
 
 PyTree = Any
@@ -66,7 +66,11 @@ def compress_clients(
     """
 
     def init(params):
-        owed = trees.broadcast_clients(optax.tree.zeros_like(params), num_clients) if error_feedback else ()
+        owed = (
+            trees.broadcast_clients(optax.tree.zeros_like(params), num_clients)
+            if error_feedback
+            else ()
+        )
         return CompressClientsState(owed)
 
     def update(updates, state, params=None, *, client_ids, key, present=None, **extra_args):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 from fedjax_mtl.server.projection import check_choice
 
 PyTree = Any
@@ -59,7 +59,10 @@ def _factor(vector, mask, rescale, cap):
     whole, part = {
         "l1": lambda: (jnp.sum(jnp.abs(vector)), jnp.sum(jnp.abs(kept))),
         "l2": lambda: (jnp.linalg.norm(vector), jnp.linalg.norm(kept)),
-        "density": lambda: (jnp.asarray(vector.shape[0], vector.dtype), jnp.sum(mask).astype(vector.dtype)),
+        "density": lambda: (
+            jnp.asarray(vector.shape[0], vector.dtype),
+            jnp.sum(mask).astype(vector.dtype),
+        ),
         "none": lambda: (jnp.ones((), vector.dtype), jnp.ones((), vector.dtype)),
     }[rescale]()
     factor = jnp.where(part > 0, whole / jnp.where(part > 0, part, 1), 1)
@@ -117,7 +120,9 @@ def decouple_updates(
     def one_client(leaves):
         masks = masks_of(leaves)
         if rescale_scope == "layer":
-            factors = [_factor(v, m, rescale, rescale_cap) for v, m in zip(leaves, masks, strict=True)]
+            factors = [
+                _factor(v, m, rescale, rescale_cap) for v, m in zip(leaves, masks, strict=True)
+            ]
         else:
             whole = _factor(jnp.concatenate(leaves), jnp.concatenate(masks), rescale, rescale_cap)
             factors = [whole] * len(leaves)
@@ -134,8 +139,13 @@ def decouple_updates(
         count = leaves[0].shape[0]
         kept, masks = jax.vmap(one_client)([leaf.reshape(count, -1) for leaf in leaves])
         if denominator == "selected":
-            kept = [_per_selecting_client(v, m, weights, present) for v, m in zip(kept, masks, strict=True)]
-        shaped = [v.reshape(leaf.shape).astype(leaf.dtype) for v, leaf in zip(kept, leaves, strict=True)]
+            kept = [
+                _per_selecting_client(v, m, weights, present)
+                for v, m in zip(kept, masks, strict=True)
+            ]
+        shaped = [
+            v.reshape(leaf.shape).astype(leaf.dtype) for v, leaf in zip(kept, leaves, strict=True)
+        ]
         return trees.combine(jax.tree.unflatten(structure, shaped), rest), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

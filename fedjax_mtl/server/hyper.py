@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 from fedjax_mtl.server.projection import conflict_averse
 
 PyTree = Any
@@ -39,7 +39,9 @@ class HyperOptimizer(NamedTuple):
 
     def start(self, shape: tuple[int, ...]) -> HyperWeights:
         """Weights of this shape, clients first."""
-        return HyperWeights(jnp.full(shape, self.initial), jnp.zeros(shape), jnp.zeros(shape[0], bool))
+        return HyperWeights(
+            jnp.full(shape, self.initial), jnp.zeros(shape), jnp.zeros(shape[0], bool)
+        )
 
     def learn(
         self, weights: HyperWeights, agreement: jax.Array, ids: jax.Array, present: jax.Array
@@ -54,7 +56,9 @@ class HyperOptimizer(NamedTuple):
         moved = values - self.learning_rate * moved_velocity
         due = trees.along_first_axis(present & weights.known[ids], values)
         values, velocity = jnp.where(due, moved, values), jnp.where(due, moved_velocity, velocity)
-        both = trees.put_clients((weights.values, weights.velocity), ids, (values, velocity), present)
+        both = trees.put_clients(
+            (weights.values, weights.velocity), ids, (values, velocity), present
+        )
         known = (
             jnp.zeros_like(weights.known)
             .at[jnp.where(present, ids, len(weights.known))]
@@ -114,7 +118,9 @@ def hyper_conflict_averse(
             updates = trees.mix_clients(_group_mean(jnp.asarray(groups)[ids], there), updates)
         shares = jnp.where(there, jnp.clip(weights.values[ids], 0, 1), 0)
         helped = jax.tree.map(
-            lambda x, u: x + (shares.reshape((-1,) + (1,) * u.ndim) * u).astype(x.dtype), updates, direction
+            lambda x, u: x + (shares.reshape((-1,) + (1,) * u.ndim) * u).astype(x.dtype),
+            updates,
+            direction,
         )
         return helped, HyperConflictAverseState(weights, direction)
 
@@ -166,7 +172,9 @@ def hyper_attention(
         stacked = _stack_decoders(params, prefixes)
         count = jax.tree.leaves(params)[0].shape[0]
         weights = hyper.start((count, len(prefixes), len(_layers(stacked))))
-        return HyperAttentionState(weights, {path: jnp.zeros_like(x) for path, x in stacked.items()})
+        return HyperAttentionState(
+            weights, {path: jnp.zeros_like(x) for path, x in stacked.items()}
+        )
 
     def update(updates, state, params=None, *, client_ids=None, present=None, **extra_args):
         del params, extra_args
@@ -214,7 +222,9 @@ def _stack_decoders(tree: PyTree, prefixes: Sequence[trees.Path]) -> dict[trees.
     leaves = trees.leaves_by_path(tree)
     parts = []
     for prefix in prefixes:
-        inside = {path[len(prefix) :]: x for path, x in leaves.items() if path[: len(prefix)] == prefix}
+        inside = {
+            path[len(prefix) :]: x for path, x in leaves.items() if path[: len(prefix)] == prefix
+        }
         shapes = {path: x.shape for path, x in inside.items()}
         if not inside:
             raise ValueError(
@@ -234,6 +244,8 @@ def _unstack_decoders(
 ) -> PyTree:
     """The inverse of :func:`_stack_decoders`; leaves of ``like`` outside all decoders pass."""
     leaves = {
-        (*prefix, *path): x[:, index] for index, prefix in enumerate(prefixes) for path, x in stacked.items()
+        (*prefix, *path): x[:, index]
+        for index, prefix in enumerate(prefixes)
+        for path, x in stacked.items()
     }
     return trees.map_with_path(lambda path, leaf: leaves.get(path, leaf), like)

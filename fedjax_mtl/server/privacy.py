@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 
 def private_average(
-    max_norm: float | jax.Array, noise_multiplier: float | jax.Array, *, expected_clients: float | None = None
+    max_norm: float | jax.Array,
+    noise_multiplier: float | jax.Array,
+    *,
+    expected_clients: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips every client's update and adds Gaussian noise to their sum, ``[clients, ...] -> [...]``.
 
@@ -33,7 +36,9 @@ def private_average(
         noise = optax.tree.random_like(key, total, sampler=jax.random.normal)
         number = leaves[0].shape[0] if expected_clients is None else expected_clients
         noisy = jax.tree.map(
-            lambda t, z: (t + noise_multiplier * max_norm * z) / jnp.asarray(number, t.dtype), total, noise
+            lambda t, z: (t + noise_multiplier * max_norm * z) / jnp.asarray(number, t.dtype),
+            total,
+            noise,
         )
         return jax.tree.unflatten(structure, noisy), state
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 PyTree = Any
 
@@ -24,7 +24,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
 
 
-def partner_orders(order: str, count: int, client_ids: jax.Array | None, key: jax.Array | None) -> jax.Array:
+def partner_orders(
+    order: str, count: int, client_ids: jax.Array | None, key: jax.Array | None
+) -> jax.Array:
     """In which order each client visits its partners, int32 ``[clients, clients]`` slots, itself included.
 
     ``index``: by ascending client number. ``random``: an order of its own for each client, drawn from the key and the two clients' numbers, so that
@@ -34,7 +36,9 @@ def partner_orders(order: str, count: int, client_ids: jax.Array | None, key: ja
     if order == "index":
         return jnp.broadcast_to(jnp.argsort(ids), (count, count))
     if key is None:
-        raise ValueError("order='random' needs the extra argument key; pass one, or use order='index'")
+        raise ValueError(
+            "order='random' needs the extra argument key; pass one, or use order='index'"
+        )
 
     def priority(own, other):
         return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, own), other))
@@ -78,7 +82,11 @@ def _inverse_norms(gram: jax.Array) -> jax.Array:
 
 
 def project_conflicts(
-    *, order: str = "random", granularity: str = "global", normalise: str = "none", average: bool = False
+    *,
+    order: str = "random",
+    granularity: str = "global",
+    normalise: str = "none",
+    average: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """PCGrad (Yu et al., arXiv 2001.06782, algorithm 1) over clients, ``[clients, ...] -> [clients, ...]``.
 
@@ -110,7 +118,15 @@ def project_conflicts(
         return coefficients
 
     def update(
-        updates, state, params=None, *, weights=None, key=None, client_ids=None, present=None, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        weights=None,
+        key=None,
+        client_ids=None,
+        present=None,
+        **extra_args,
     ):
         del params, extra_args
         updates = trees.mask_clients(updates, present)
@@ -155,7 +171,9 @@ def attention_to_history(
 ) -> jax.Array:
     """Unnormalised attention scores of each update to the history, ``[clients]``; see :func:`gp_aggregation`."""
     if kind == "softmax_cosine":
-        norms = jnp.maximum(jnp.sqrt(squared), 1e-12) * jnp.maximum(jnp.sqrt(history_squared), 1e-12)
+        norms = jnp.maximum(jnp.sqrt(squared), 1e-12) * jnp.maximum(
+            jnp.sqrt(history_squared), 1e-12
+        )
         return products / norms / temperature
     return products / jnp.sqrt(size) / temperature
 
@@ -198,11 +216,21 @@ def gp_aggregation(
     def init(params):
         names = ("conflict_fraction", "mean_cosine", "attention_spread", "norm_ratio")
         return GPAggregationState(
-            optax.tree.zeros_like(params), jnp.zeros((), bool), {name: jnp.zeros(()) for name in names}
+            optax.tree.zeros_like(params),
+            jnp.zeros((), bool),
+            {name: jnp.zeros(()) for name in names},
         )
 
     def update(
-        updates, state, params=None, *, weights=None, client_ids=None, present=None, key=None, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        weights=None,
+        client_ids=None,
+        present=None,
+        key=None,
+        **extra_args,
     ):
         del params, extra_args
         updates = trees.mask_clients(updates, present)
@@ -237,7 +265,9 @@ def gp_aggregation(
             result, statistics = combine(updates, state.history)
         else:
             leaves, structure = jax.tree.flatten(updates)
-            pairs = [combine(*pair) for pair in zip(leaves, jax.tree.leaves(state.history), strict=True)]
+            pairs = [
+                combine(*pair) for pair in zip(leaves, jax.tree.leaves(state.history), strict=True)
+            ]
             result = jax.tree.unflatten(structure, [pair[0] for pair in pairs])
             statistics = jax.tree.map(lambda *xs: sum(xs) / len(xs), *[pair[1] for pair in pairs])
         decay = jnp.where(state.started, history_decay, 0.0)
@@ -334,7 +364,9 @@ def conflict_averse(
     """
     check_choice("granularity", granularity, GRANULARITIES)
     if rescale not in (0, 1, 2) or alpha < 0:
-        raise ValueError(f"conflict_averse takes rescale 0, 1 or 2 and alpha >= 0, got {rescale} and {alpha}")
+        raise ValueError(
+            f"conflict_averse takes rescale 0, 1 or 2 and alpha >= 0, got {rescale} and {alpha}"
+        )
     divisor = {0: 1.0, 1: 1 + alpha**2, 2: 1 + alpha}[rescale]
 
     def update(updates, state, params=None, *, weights=None, present=None, **extra_args):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 
 def _sorted_present(leaf: jax.Array, present: jax.Array) -> jax.Array:
@@ -61,9 +61,9 @@ def trimmed_mean(trim: float = 0.1) -> optax.GradientTransformationExtraArgs:
         def mean(leaf):
             ordered = _sorted_present(leaf, there)
             shown = trees.along_first_axis(inside, leaf)
-            return jnp.sum(jnp.where(shown, ordered, 0), axis=0) / jnp.maximum(number - 2 * cut, 1).astype(
-                leaf.dtype
-            )
+            return jnp.sum(jnp.where(shown, ordered, 0), axis=0) / jnp.maximum(
+                number - 2 * cut, 1
+            ).astype(leaf.dtype)
 
         return jax.tree.map(mean, updates), state
 

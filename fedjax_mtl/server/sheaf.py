@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_mtl import trees
-from fedjax_mtl.server.relations import returned_models
-from fedjax_mtl.task_graphs import check_adjacency
+from fedjax_mtl.core import trees
+from fedjax_mtl.relations.graphs import check_adjacency
+from fedjax_mtl.server.mixing import returned_models
 
 
 class SheafState(NamedTuple):

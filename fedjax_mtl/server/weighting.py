@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 
 
 class NormalizeGradientsState(NamedTuple):
@@ -87,15 +87,21 @@ def normalize_gradients(
 
     def init(params):
         if not jax.tree.leaves(trees.partition(params, measured)[0]):
-            raise ValueError("measured selects no leaf of the shared parameters; name a shared layer")
-        first = jnp.zeros(num_clients) if initial_losses is None else jnp.asarray(initial_losses, float)
+            raise ValueError(
+                "measured selects no leaf of the shared parameters; name a shared layer"
+            )
+        first = (
+            jnp.zeros(num_clients) if initial_losses is None else jnp.asarray(initial_losses, float)
+        )
         if first.shape != (num_clients,):
             raise ValueError(
                 f"initial_losses has shape {first.shape} for {num_clients} clients; give one a client"
             )
         return NormalizeGradientsState(jnp.ones_like(first), first)
 
-    def update(updates, state, params=None, *, losses, client_ids, present=None, reports=None, **extra_args):
+    def update(
+        updates, state, params=None, *, losses, client_ids, present=None, reports=None, **extra_args
+    ):
         del params, extra_args
         there = jnp.ones(client_ids.shape, bool) if present is None else present
         updates = trees.mask_clients(updates, there)

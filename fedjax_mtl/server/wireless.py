@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl import trees
+from fedjax_mtl.core import trees
 from fedjax_mtl.server.weighting import NormalizeGradientsState, gradnorm_weights
 
 PyTree = Any
@@ -90,7 +90,9 @@ def over_the_air_gradnorm(
 
     def init(params):
         if not jax.tree.leaves(trees.partition(params, measured)[0]):
-            raise ValueError("measured selects no leaf of the shared parameters; name a shared layer")
+            raise ValueError(
+                "measured selects no leaf of the shared parameters; name a shared layer"
+            )
         shape = (num_clusters, cluster_size)
         return NormalizeGradientsState(jnp.ones(shape), jnp.zeros(shape))
 
@@ -122,16 +124,29 @@ def over_the_air_gradnorm(
 
         def weigh(weights, norms, rates, there):
             return gradnorm_weights(
-                weights, norms, rates, there, learning_rate=learning_rate, exponent=exponent, minimum=minimum
+                weights,
+                norms,
+                rates,
+                there,
+                learning_rate=learning_rate,
+                exponent=exponent,
+                minimum=minimum,
             )
 
         weights = jax.vmap(weigh)(state.weights, norms, rates, there)
-        shares = jnp.where(there, weights, 0) / jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
+        shares = jnp.where(there, weights, 0) / jnp.maximum(
+            jnp.sum(there, axis=1, keepdims=True), 1
+        )
         clusters = jax.vmap(trees.weighted_sum)(shares, updates)
         scale = transmit_scale if power is None else _power_scale(clusters, gains, threshold, power)
         drawn = optax.tree.random_like(noise_key, jax.tree.map(lambda x: x[0], clusters))
         received = over_the_air_sum(
-            clusters, gains, optax.tree.scale(noise, drawn), threshold, scale, jnp.any(there, axis=1)
+            clusters,
+            gains,
+            optax.tree.scale(noise, drawn),
+            threshold,
+            scale,
+            jnp.any(there, axis=1),
         )
         return received, NormalizeGradientsState(weights, first)
 

@@ -1,7 +1,7 @@
 """Tasks: per-example losses and metrics of (outputs, labels)."""
 
+from fedjax_mtl.core.task import PooledMetric, Task, example_losses, lower_is_better
 from fedjax_mtl.tasks import dense, dual, rouge
-from fedjax_mtl.tasks.base import PooledMetric, Task, example_losses, lower_is_better
 from fedjax_mtl.tasks.classification import (
     binary_classification,
     classification,

@@ -45,12 +45,26 @@ def boundary_f(
         valid, true = label != 255, label == 1
         reach = max(1.0, max_distance * np.hypot(*label.shape))
         score = thin(probability) if thinned else probability
-        near_truth = ndimage.distance_transform_edt(~true) <= reach if true.any() else np.zeros_like(true)
+        near_truth = (
+            ndimage.distance_transform_edt(~true) <= reach if true.any() else np.zeros_like(true)
+        )
         for index, threshold in enumerate(THRESHOLDS):
             said = (score >= threshold) & valid
-            near_said = ndimage.distance_transform_edt(~said) <= reach if said.any() else np.zeros_like(said)
-            hits[index] += (said & near_truth).sum(), said.sum(), (true & near_said).sum(), true.sum()
-    precision, recall = hits[:, 0] / np.maximum(hits[:, 1], 1), hits[:, 2] / np.maximum(hits[:, 3], 1)
+            near_said = (
+                ndimage.distance_transform_edt(~said) <= reach
+                if said.any()
+                else np.zeros_like(said)
+            )
+            hits[index] += (
+                (said & near_truth).sum(),
+                said.sum(),
+                (true & near_said).sum(),
+                true.sum(),
+            )
+    precision, recall = (
+        hits[:, 0] / np.maximum(hits[:, 1], 1),
+        hits[:, 2] / np.maximum(hits[:, 3], 1),
+    )
     score = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(np.argmax(score))
     return float(score[best]), float(THRESHOLDS[best])

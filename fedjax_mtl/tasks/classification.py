@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.tasks.base import Task
+from fedjax_mtl.core.task import Task
 
 
 def _mix_log_probabilities(log_probabilities: jax.Array, weights: jax.Array) -> jax.Array:

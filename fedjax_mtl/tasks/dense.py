@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.tasks.base import PooledMetric, Task
+from fedjax_mtl.core.task import PooledMetric, Task
 from fedjax_mtl.tasks.classification import mix_binary, mix_classes
 from fedjax_mtl.tasks.regression import root_mean_square
 
@@ -47,7 +47,9 @@ def segmentation(name: str, num_classes: int) -> Task:
         target = labels[..., 0].astype(jnp.int32)
         valid = target != IGNORE
         target = jnp.where(valid, target, 0)
-        return _image_mean(optax.losses.softmax_cross_entropy_with_integer_labels(outputs, target), valid)
+        return _image_mean(
+            optax.losses.softmax_cross_entropy_with_integer_labels(outputs, target), valid
+        )
 
     def statistics(outputs, labels):
         target = labels[..., 0].astype(jnp.int32)
@@ -63,7 +65,9 @@ def segmentation(name: str, num_classes: int) -> Task:
 
     def miou(totals):
         return jnp.mean(
-            jnp.where(totals["union"] > 0, totals["intersection"] / jnp.maximum(totals["union"], 1), 0)
+            jnp.where(
+                totals["union"] > 0, totals["intersection"] / jnp.maximum(totals["union"], 1), 0
+            )
         )
 
     return Task(name, loss, {"miou": PooledMetric(statistics, miou)}, mix_classes)
@@ -126,9 +130,9 @@ def edges(name: str = "edge", positive_weight: float = 0.95, fidelity: str = "pa
         raise ValueError(f"unknown fidelity {fidelity!r}; expected 'paper' or 'released'")
 
     def weighted(logits, labels, weight):
-        return weight * labels * jax.nn.softplus(-logits) + (1 - weight) * (1 - labels) * jax.nn.softplus(
-            logits
-        )
+        return weight * labels * jax.nn.softplus(-logits) + (1 - weight) * (
+            1 - labels
+        ) * jax.nn.softplus(logits)
 
     def loss(outputs, labels):
         target = labels[..., 0]
@@ -160,7 +164,9 @@ def saliency(name: str = "sal", fidelity: str = "paper") -> Task:
         valid = target != IGNORE
         salient = valid & (target > 0.5)
         background = _image_mean(~salient, valid)[:, None, None]
-        values = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, salient.astype(jnp.int32))
+        values = optax.losses.softmax_cross_entropy_with_integer_labels(
+            outputs, salient.astype(jnp.int32)
+        )
         return _image_mean(jnp.where(salient, background, 1 - background) * values, valid)
 
     def statistics(outputs, labels):
@@ -195,7 +201,10 @@ def saliency(name: str = "sal", fidelity: str = "paper") -> Task:
         background = t["rejected"] / jnp.maximum(t["valid"] - t["hits"], 1)
         return jnp.max((salient + background) / 2)
 
-    metrics = {"max_f": PooledMetric(statistics, max_f), "max_iou": PooledMetric(statistics, max_iou)}
+    metrics = {
+        "max_f": PooledMetric(statistics, max_f),
+        "max_iou": PooledMetric(statistics, max_iou),
+    }
     return Task(name, loss, metrics, mix_classes)
 
 
@@ -209,7 +218,9 @@ def pixel_regression(name: str) -> Task:
         return _image_mean(jnp.mean(jnp.abs(outputs - labels), axis=-1), valid_pixels(labels))
 
     def squares(outputs, labels):
-        return _image_sum(jnp.where(valid_pixels(labels), jnp.mean(jnp.square(outputs - labels), axis=-1), 0))
+        return _image_sum(
+            jnp.where(valid_pixels(labels), jnp.mean(jnp.square(outputs - labels), axis=-1), 0)
+        )
 
     def counts(outputs, labels):
         del outputs

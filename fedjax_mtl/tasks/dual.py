@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
-from fedjax_mtl.tasks.base import Task
+from fedjax_mtl.core.task import Task
 from fedjax_mtl.tasks.regression import root_mean_square
 
 _MOST_REFINEMENTS = 100
@@ -40,7 +40,11 @@ def hinge() -> DualLoss:
         return y * jnp.clip(y * alpha + (1 - y * f) / c, 0, 1)
 
     return DualLoss(
-        "hinge", lambda z, y: jnp.maximum(0, 1 - y * z), lambda alpha, y: -alpha * y, ascend, "signs"
+        "hinge",
+        lambda z, y: jnp.maximum(0, 1 - y * z),
+        lambda alpha, y: -alpha * y,
+        ascend,
+        "signs",
     )
 
 
@@ -52,7 +56,9 @@ def smoothed_hinge(smoothing: float = 1.0) -> DualLoss:
     def loss(z, y):
         margin = 1 - y * z
         corner = jnp.square(margin) / (2 * smoothing)
-        return jnp.where(margin <= 0, 0, jnp.where(margin >= smoothing, margin - smoothing / 2, corner))
+        return jnp.where(
+            margin <= 0, 0, jnp.where(margin >= smoothing, margin - smoothing / 2, corner)
+        )
 
     def conjugate(alpha, y):
         return -alpha * y + smoothing * jnp.square(alpha) / 2
@@ -130,4 +136,6 @@ def dual_task(loss: DualLoss, name: str | None = None) -> Task:
     metrics = {"rmse": root_mean_square(lambda z, y: jnp.square(z - y))}
     if loss.labels == "signs":
         metrics = {"accuracy": right, "error": lambda z, y: 1 - right(z, y)}
-    return Task(name or loss.name, loss.loss, metrics, lambda z, weights: jnp.tensordot(weights, z, 1))
+    return Task(
+        name or loss.name, loss.loss, metrics, lambda z, weights: jnp.tensordot(weights, z, 1)
+    )

@@ -29,6 +29,8 @@ def average_improvement(
         raise ValueError(
             f"the reference of task {int(np.argmax(reference == 0))} is 0; its relative improvement is not defined"
         )
-    shares = np.full(len(values), 1 / len(values)) if weights is None else np.asarray(weights, float)
+    shares = (
+        np.full(len(values), 1 / len(values)) if weights is None else np.asarray(weights, float)
+    )
     per_task = 100 * signs * (values - reference) / reference
     return float(shares @ per_task), per_task

@@ -1,6 +1,6 @@
 """Several tasks of one client as one task."""
 
-from fedjax_mtl.tasks.base import PooledMetric, Task
+from fedjax_mtl.core.task import PooledMetric, Task
 
 
 def joint(tasks: dict[str, tuple[Task, float]]) -> Task:
@@ -18,10 +18,15 @@ def joint(tasks: dict[str, tuple[Task, float]]) -> Task:
         raise ValueError("a client needs at least one task; tasks is empty")
     for name, (_, weight) in tasks.items():
         if weight <= 0:
-            raise ValueError(f"task {name!r} has weight {weight}; give a positive weight or drop the task")
+            raise ValueError(
+                f"task {name!r} has weight {weight}; give a positive weight or drop the task"
+            )
 
     def loss(outputs, labels):
-        return sum(weight * task.loss(outputs[name], labels[name]) for name, (task, weight) in tasks.items())
+        return sum(
+            weight * task.loss(outputs[name], labels[name])
+            for name, (task, weight) in tasks.items()
+        )
 
     def of_task(name, measure):
         if isinstance(measure, PooledMetric):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.tasks.base import PooledMetric, Task
+from fedjax_mtl.core.task import PooledMetric, Task
 from fedjax_mtl.tasks.classification import mix_classes
 
 IGNORED = -1

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.tasks.base import PooledMetric, Task
+from fedjax_mtl.core.task import PooledMetric, Task
 
 
 def regression(name: str = "regression") -> Task:
@@ -29,7 +29,10 @@ def root_mean_square(squares, counts=None) -> PooledMetric:
 
     def statistics(outputs, labels):
         total = squares(outputs, labels)
-        return {"sum": total, "count": jnp.ones_like(total) if counts is None else counts(outputs, labels)}
+        return {
+            "sum": total,
+            "count": jnp.ones_like(total) if counts is None else counts(outputs, labels),
+        }
 
     return PooledMetric(statistics, lambda t: jnp.sqrt(t["sum"] / jnp.maximum(t["count"], 1)))
 
@@ -50,4 +53,6 @@ def mean_squared_error(name: str = "regression") -> Task:
     def mix(outputs, weights):
         return jnp.tensordot(weights, outputs, 1)
 
-    return Task(name, loss, {"normalised_error": normalised_error, "rmse": root_mean_square(loss)}, mix)
+    return Task(
+        name, loss, {"normalised_error": normalised_error, "rmse": root_mean_square(loss)}, mix
+    )

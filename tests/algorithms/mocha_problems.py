@@ -49,6 +49,8 @@ def every_fourth_is_test(data, inputs=None):
     examples = {"inputs": inputs, "labels": data["y"].astype(float)}
     fourth = [np.arange(1, len(rows) + 1) % 4 == 0 for rows in tasks]
     return tuple(
-        make_federation(examples, [rows[pick == test] for rows, pick in zip(tasks, fourth, strict=True)])
+        make_federation(
+            examples, [rows[pick == test] for rows, pick in zip(tasks, fourth, strict=True)]
+        )
         for test in (False, True)
     )

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_mtl import algorithms, batching, make_execution, make_federation, sampling, simulate, tasks
-from fedjax_mtl.algorithms.l2sgd import coin_key, geometric
+from fedjax_mtl import algorithms, make_execution, make_federation, simulate, tasks
+from fedjax_mtl.algorithms._l2sgd import coin_key, geometric
+from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.models import Model
 
 SIZES = (4, 7, 5)
@@ -203,7 +204,10 @@ def test_the_coin_of_l2sgd_is_geometric():
 
 def test_agnostic():
     algorithm = algorithms.agnostic(
-        **settings(), mixture=jnp.asarray(SHARES), optimizer=optax.sgd(0.1), mixture_learning_rate=0.3
+        **settings(),
+        mixture=jnp.asarray(SHARES),
+        optimizer=optax.sgd(0.1),
+        mixture_learning_rate=0.3,
     )
     state, _, _ = run(algorithm)
     w, lam = START, SHARES
@@ -259,7 +263,9 @@ def test_one_client_is_centralised_training():
 
 
 def test_fedem_with_one_component_is_fedavg():
-    one, _, models = run(algorithms.fedem(**training(2, 0.1), num_components=1, weighting="samples"))
+    one, _, models = run(
+        algorithms.fedem(**training(2, 0.1), num_components=1, weighting="samples")
+    )
     fedavg, _, averaged = run(algorithms.fedavg(**training(2, 0.1)))
     close(one.params[0], fedavg.params)
     close(models, averaged)

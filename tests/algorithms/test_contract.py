@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALGORITHMS, NUM_CLIENTS, SIZES, assert_trees_close, make_algorithms, small_federation
+from helpers import (
+    ALGORITHMS,
+    NUM_CLIENTS,
+    SIZES,
+    assert_trees_close,
+    make_algorithms,
+    small_federation,
+)
 
-from fedjax_mtl import make_execution, sampling, simulate
+from fedjax_mtl import make_execution, simulate
+from fedjax_mtl.core import sampling
 
 NAMES = sorted(ALGORITHMS)
 KEY = jax.random.key(3)
@@ -77,7 +85,9 @@ EXECUTIONS = {
 
 
 @pytest.mark.parametrize("execution", sorted(EXECUTIONS))
-@pytest.mark.parametrize("name", ["fedem", "fedavg", "apfl", "clustered", "decentralized_fedem", "local"])
+@pytest.mark.parametrize(
+    "name", ["fedem", "fedavg", "apfl", "clustered", "decentralized_fedem", "local"]
+)
 def test_execution_has_no_influence(name, execution, reference):
     algorithm = make_algorithms(EXECUTIONS[execution])[name]
     result = two_rounds(name, cohort_of(small_federation()), algorithm)
@@ -115,7 +125,8 @@ def test_absent_clients_have_no_influence_and_keep_their_state(name):
 def test_those_that_need_everybody_say_so(name):
     cohort = cohort_of(small_federation(), jnp.array([0, 2], jnp.int32))
     with pytest.raises(
-        ValueError, match="needs all 6 clients in every round, the cohort has 2; use full participation"
+        ValueError,
+        match="needs all 6 clients in every round, the cohort has 2; use full participation",
     ):
         ALGORITHMS[name].round(ALGORITHMS[name].init(KEY), cohort, KEY)
 
@@ -126,7 +137,9 @@ def test_absent_clients_are_not_split_away():
     state, _ = two_rounds("clustered", cohort_of(small_federation(), present=present))
     assert int(state.num_clusters) == 1
     for leaf in jax.tree.leaves(state.params):
-        np.testing.assert_allclose(leaf, jnp.broadcast_to(leaf[:1], leaf.shape), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            leaf, jnp.broadcast_to(leaf[:1], leaf.shape), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_an_algorithm_for_other_clients_is_refused():
@@ -142,7 +155,9 @@ def test_judging_other_clients_is_refused():
 
     state = ALGORITHMS["local"].init(KEY)
     judge = evaluate_clients(ALGORITHMS["local"], TASK, make_execution("vmap"))
-    with pytest.raises(ValueError, match="state has 6 clients but the federation to judge has 2; adapt"):
+    with pytest.raises(
+        ValueError, match="state has 6 clients but the federation to judge has 2; adapt"
+    ):
         judge(state, small_federation().take(jnp.array([0, 1])))
 
 
@@ -196,7 +211,9 @@ def test_seeds_in_one_program_equal_seeds_apart():
     algorithm, federation = ALGORITHMS["fedem"], small_federation()
     together = simulate(algorithm, federation, num_rounds=3, seeds=(0, 5))
     apart = simulate(algorithm, federation, num_rounds=3, seeds=(5,))
-    assert_trees_close(jax.tree.map(lambda x: x[1:], together.state), apart.state, rtol=1e-4, atol=1e-5)
+    assert_trees_close(
+        jax.tree.map(lambda x: x[1:], together.state), apart.state, rtol=1e-4, atol=1e-5
+    )
     assert not np.allclose(together.metrics["loss"][0], together.metrics["loss"][1])
 
 
@@ -218,7 +235,9 @@ def test_hyperparameters_are_mapped():
 
     federation = small_federation()
     rates = jnp.array([0.01, 0.2])
-    both = simulate(make, federation, num_rounds=3, seeds=(0, 1), hyperparameters={"learning_rate": rates})
+    both = simulate(
+        make, federation, num_rounds=3, seeds=(0, 1), hyperparameters={"learning_rate": rates}
+    )
     assert both.metrics["loss"].shape == (2, 2, 3)
     for index, rate in enumerate((0.01, 0.2)):
         alone = simulate(make(rate), federation, num_rounds=3, seeds=(0, 1))
@@ -231,22 +250,27 @@ def mapped_factories():
     import optax
     from helpers import MODEL, PLAN, TASK, VMAP
 
-    from fedjax_mtl import algorithms, task_graphs, topology
+    from fedjax_mtl import algorithms
+    from fedjax_mtl.relations import gossip, graphs
 
     around = {"model": MODEL, "task": TASK, "num_clients": NUM_CLIENTS, "execution": VMAP}
     training = {**around, "plan": PLAN, "optimizer": optax.sgd(0.1)}
-    gossip = {k: v for k, v in training.items() if k not in ("num_clients", "optimizer")}
-    ring = jnp.asarray(topology.metropolis_weights(topology.ring(NUM_CLIENTS)))
+    peers = {k: v for k, v in training.items() if k not in ("num_clients", "optimizer")}
+    ring = jnp.asarray(gossip.metropolis_weights(gossip.ring(NUM_CLIENTS)))
     mixture = np.full(NUM_CLIENTS, 1 / NUM_CLIENTS)
     return {
         "apfl": lambda x: algorithms.apfl(**training, alpha=x),
-        "l2sgd": lambda x: algorithms.l2sgd(**around, learning_rate=0.1, penalty=0.1, probability=x),
-        "fedu": lambda x: algorithms.fedu(
-            **training, graph=task_graphs.fixed(task_graphs.complete(NUM_CLIENTS)), strength=x / NUM_CLIENTS
+        "l2sgd": lambda x: algorithms.l2sgd(
+            **around, learning_rate=0.1, penalty=0.1, probability=x
         ),
-        "agnostic": lambda x: algorithms.agnostic(**around, mixture=mixture, optimizer=optax.sgd(x)),
+        "fedu": lambda x: algorithms.fedu(
+            **training, graph=graphs.fixed(graphs.complete(NUM_CLIENTS)), strength=x / NUM_CLIENTS
+        ),
+        "agnostic": lambda x: algorithms.agnostic(
+            **around, mixture=mixture, optimizer=optax.sgd(x)
+        ),
         "decentralized_fedem": lambda x: algorithms.decentralized_fedem(
-            **gossip, optimizer=optax.sgd(x), mixing_matrix=ring, num_components=2
+            **peers, optimizer=optax.sgd(x), mixing_matrix=ring, num_components=2
         ),
     }
 
@@ -268,7 +292,9 @@ def test_a_run_taken_up_again_is_the_same_to_the_bit():
     algorithm, federation = ALGORITHMS["fedem"], small_federation()
     whole = simulate(algorithm, federation, num_rounds=6, eval_every=2)
     half = simulate(algorithm, federation, num_rounds=4, eval_every=2)
-    rest = simulate(algorithm, federation, num_rounds=6, eval_every=2, state=half.state, start_round=4)
+    rest = simulate(
+        algorithm, federation, num_rounds=6, eval_every=2, state=half.state, start_round=4
+    )
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(rest.state), strict=True):
         np.testing.assert_array_equal(a, b)
     assert rest.rounds == [6]
@@ -284,4 +310,6 @@ def test_stragglers_make_fewer_steps():
     np.testing.assert_array_equal(cohort.budgets, [1, 1, 1, 100, 100, 100])
     _, metrics = ALGORITHMS["fedavg"].round(ALGORITHMS["fedavg"].init(KEY), cohort, KEY)
     steps = np.minimum(2 * np.ceil(np.array(SIZES) / 4), cohort.budgets)
-    np.testing.assert_allclose(metrics["num_steps"], np.sum(steps * SIZES) / np.sum(SIZES), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["num_steps"], np.sum(steps * SIZES) / np.sum(SIZES), rtol=1e-6
+    )

@@ -11,8 +11,10 @@ import optax
 import pytest
 from helpers import assert_trees_close
 
-from fedjax_mtl import algorithms, costs, make_federation, models, sampling, server, simulate, split, tasks
-from fedjax_mtl.batching import Batch
+from fedjax_mtl import algorithms, costs, make_federation, models, server, simulate, tasks
+from fedjax_mtl.clients import split
+from fedjax_mtl.core import sampling
+from fedjax_mtl.core.batching import Batch
 from fedjax_mtl.models.split_parts import deformable_convolution
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedbone.json").read_text())
@@ -53,7 +55,9 @@ def random_population(counts, seed=0, size=4):
             "inputs": rng.normal(size=(count * size, 2, 3)).astype(np.float32),
             "labels": rng.normal(size=count * size).astype(np.float32),
         }
-        population[name] = make_federation(examples, list(np.arange(count * size).reshape(count, size)))
+        population[name] = make_federation(
+            examples, list(np.arange(count * size).reshape(count, size))
+        )
     return population
 
 
@@ -79,11 +83,16 @@ def test_golden_step():
             server=optax.chain(server.gp_aggregation(), optax.sgd(given["eta_server"])),
         )
         state = algorithm.init(KEY)
-        trunk = {"A": jnp.asarray(given["A"], jnp.float64), "b": jnp.asarray(given["b"], jnp.float64)}
+        trunk = {
+            "A": jnp.asarray(given["A"], jnp.float64),
+            "b": jnp.asarray(given["b"], jnp.float64),
+        }
         history = jnp.asarray(given["history"], jnp.float64)
         history = {"A": history[:6].reshape(2, 3), "b": history[6:]}
         gp = state.server[0]._replace(history=history, started=jnp.array(True))
-        own = state.clients["a"]._replace(lower={"P": stack("P")}, upper={"U": stack("U"), "w": stack("w")})
+        own = state.clients["a"]._replace(
+            lower={"P": stack("P")}, upper={"U": stack("U"), "w": stack("w")}
+        )
         state = state._replace(params=trunk, server=(gp, *state.server[1:]), clients={"a": own})
 
         batch = Batch(
@@ -142,9 +151,13 @@ def test_messages_equal_end_to_end_gradients():
     images = jax.random.normal(KEY, (2, 16, 16, 3))
     params = split.init_parts(lower, trunk, upper, images, tuple(jax.random.split(KEY, 3)))
     # Off zero, so that the sampling places move.
-    params["upper"] = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), params["upper"])
+    params["upper"] = jax.tree.map(
+        lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), params["upper"]
+    )
     batch = Batch(
-        {"inputs": images, "labels": jnp.ones((2, 16, 16, 1))}, jnp.array([True, False]), jnp.ones(2)
+        {"inputs": images, "labels": jnp.ones((2, 16, 16, 1))},
+        jnp.array([True, False]),
+        jnp.ones(2),
     )
     task = tasks.dense.depth()
     whole = split.composed(lower, trunk, upper)
@@ -180,7 +193,9 @@ def test_one_client_is_centralised_training():
     for _ in range(3):
         moved = gradient(params)
         rates = {"lower": 0.1, "trunk": 0.5, "upper": 0.1}
-        params = {n: optax.tree.sub(params[n], optax.tree.scale(rates[n], moved[n])) for n in params}
+        params = {
+            n: optax.tree.sub(params[n], optax.tree.scale(rates[n], moved[n])) for n in params
+        }
     new, _ = algorithm.round(state, cohorts_of(population), KEY)
     assert_trees_close(new.params, params["trunk"])
     assert_trees_close(jax.tree.map(lambda x: x[0], new.clients["a"].upper), params["upper"])
@@ -211,7 +226,9 @@ def test_without_projection_and_attention_it_is_data_parallel():
                 jnp.ones(2),
             )
             at = jax.tree.map(lambda x, c=client: x[c], own)
-            one = split.split_step(LINEAR, TANH, readout(), SQUARED, at.lower, state.params, at.upper, batch)
+            one = split.split_step(
+                LINEAR, TANH, readout(), SQUARED, at.lower, state.params, at.upper, batch
+            )
             total = optax.tree.add(total, optax.tree.scale(1 / 3, one.trunk))
     assert_trees_close(new.params, optax.tree.sub(state.params, optax.tree.scale(0.5, total)))
     assert metrics["norm_ratio"] == pytest.approx(1, rel=1e-4)
@@ -224,11 +241,17 @@ def test_schedules_agree_for_one_step_and_differ_for_more(schedule):
     for steps in (1, 3):
         for name in ("step", schedule):
             algorithm = make(num_steps=steps, schedule=name, trunk_learning_rate=0.1)
-            results[steps, name] = algorithm.round(algorithm.init(KEY), cohorts_of(population), KEY)[0]
+            results[steps, name] = algorithm.round(
+                algorithm.init(KEY), cohorts_of(population), KEY
+            )[0]
     assert_trees_close(results[1, schedule].params, results[1, "step"].params, rtol=1e-4, atol=1e-5)
     # Full batches: the clients' own parts see the same first step whatever the schedule.
-    assert_trees_close(results[1, schedule].clients, results[1, "step"].clients, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(results[3, schedule].params["A"], results[3, "step"].params["A"], rtol=1e-3)
+    assert_trees_close(
+        results[1, schedule].clients, results[1, "step"].clients, rtol=1e-4, atol=1e-5
+    )
+    assert not np.allclose(
+        results[3, schedule].params["A"], results[3, "step"].params["A"], rtol=1e-3
+    )
 
 
 def trunk_by_hand(schedule, state, examples, num_steps, own_rate, trunk_rate):
@@ -245,7 +268,11 @@ def trunk_by_hand(schedule, state, examples, num_steps, own_rate, trunk_rate):
         for _ in range(num_steps):
             grads = gradient(params)
             moving.append(grads["trunk"])
-            rates = {"lower": own_rate, "upper": own_rate, "trunk": trunk_rate * (schedule == "drift")}
+            rates = {
+                "lower": own_rate,
+                "upper": own_rate,
+                "trunk": trunk_rate * (schedule == "drift"),
+            }
             params = {
                 part: jax.tree.map(lambda p, g, r=rates[part]: p - r * g, params[part], grads[part])
                 for part in params
@@ -296,7 +323,9 @@ def test_embedding_synchronisation():
         ends[how] = algorithm.round(state, cohorts_of(population), KEY)[0].clients["a"].lower["P"]
     np.testing.assert_array_equal(ends["frozen"], state.clients["a"].lower["P"])
     assert np.ptp(ends["local"], axis=0).max() > 1e-3
-    np.testing.assert_allclose(ends["fedavg"], np.broadcast_to(ends["local"].mean(0), (3, 3, 2)), rtol=1e-5)
+    np.testing.assert_allclose(
+        ends["fedavg"], np.broadcast_to(ends["local"].mean(0), (3, 3, 2)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("schedule", ["step", "round", "drift"])
@@ -337,11 +366,14 @@ def test_a_synchronised_embedding_reaches_absent_clients():
 def test_a_clients_own_parts_that_diverge_stay_with_it():
     """The embedding's gradient is NaN where the trunk's is not."""
     lower = split.Part(
-        LINEAR.init, lambda p, x: x @ p["P"] + 0 * jnp.sqrt(jnp.sum(jnp.square(p["P"])) * x[..., :1] ** 2)
+        LINEAR.init,
+        lambda p, x: x @ p["P"] + 0 * jnp.sqrt(jnp.sum(jnp.square(p["P"])) * x[..., :1] ** 2),
     )
     population = random_population({"a": 3}, size=2)
     zero = jnp.asarray(population["a"].examples["inputs"]).at[2:4].set(0.0)
-    population["a"] = population["a"]._replace(examples={**population["a"].examples, "inputs": zero})
+    population["a"] = population["a"]._replace(
+        examples={**population["a"].examples, "inputs": zero}
+    )
     groups = {"a": algorithms.SplitGroup(readout(), SQUARED, 3)}
     algorithm = algorithms.fedbone(
         lower,
@@ -373,7 +405,9 @@ def test_simulated_predicted_adapted():
     outputs = algorithm.predict(state, {"b": jnp.array([0])}, {"b": jnp.ones((1, 5, 2, 3))})
     assert outputs["b"].shape == (1, 5)
     adapted = algorithm.adapt(state, random_population({"a": 3}), KEY)
-    assert algorithm.predict(adapted, {"a": jnp.arange(3)}, {"a": jnp.ones((3, 5, 2, 3))})["a"].shape == (
+    assert algorithm.predict(adapted, {"a": jnp.arange(3)}, {"a": jnp.ones((3, 5, 2, 3))})[
+        "a"
+    ].shape == (
         3,
         5,
     )
@@ -414,7 +448,9 @@ def test_traffic_golden(index):
     assert (ours.up, ours.down) == (case["fedbone_up_bytes"], case["fedbone_down_bytes"])
     assert ours.federated == case["fedavg_encoder_only_total_bytes"]
     assert ours.federated_full == case["fedavg_full_model_total_bytes"]
-    np.testing.assert_allclose(ours.break_even_steps, case["break_even_steps_vs_encoder_fedavg"], rtol=1e-12)
+    np.testing.assert_allclose(
+        ours.break_even_steps, case["break_even_steps_vs_encoder_fedavg"], rtol=1e-12
+    )
 
 
 def test_trunks_and_heads():
@@ -433,7 +469,9 @@ def test_sparse_upload():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="unknown schedule 'epoch'; expected one of step, round, drift"):
+    with pytest.raises(
+        ValueError, match="unknown schedule 'epoch'; expected one of step, round, drift"
+    ):
         make(schedule="epoch")
     with pytest.raises(ValueError, match="unknown embedding_sync 'mean'"):
         make(embedding_sync="mean")
@@ -448,5 +486,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"put average_clients\(\)"):
         algorithm = make(server=optax.sgd(0.1))
         algorithm.round(algorithm.init(KEY), cohorts_of(random_population({"a": 3})), KEY)
-    with pytest.raises(ValueError, match=r"cohorts are of groups \['b'\], the algorithm is for \['a'\]"):
+    with pytest.raises(
+        ValueError, match=r"cohorts are of groups \['b'\], the algorithm is for \['a'\]"
+    ):
         make().round(make().init(KEY), {"b": None}, KEY)

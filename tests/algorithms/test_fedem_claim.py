@@ -28,7 +28,10 @@ def finals(name):
             evaluation_data=problem.splits,
         )
         last = run.evaluations[-1]
-        seen = [summarise_clients(_of(last["train_clients"], s), problem.splits.test.sizes) for s in (0, 1)]
+        seen = [
+            summarise_clients(_of(last["train_clients"], s), problem.splits.test.sizes)
+            for s in (0, 1)
+        ]
         held = [
             summarise_clients(_of(last["unseen_clients"], s), problem.splits.unseen_test.sizes)
             for s in (0, 1)
@@ -55,7 +58,9 @@ def test_fedem_serves_clients_better(name, fedem):
     for metric in ("accuracy", "bottom_decile"):
         lead = fedem[metric].mean(axis=1) - other[metric].mean(axis=1)
         error = lead.std(ddof=1) / np.sqrt(len(lead))
-        print(f"{metric}: fedem leads {name} by {100 * lead.mean():.1f} +- {100 * error:.1f} points")
+        print(
+            f"{metric}: fedem leads {name} by {100 * lead.mean():.1f} +- {100 * error:.1f} points"
+        )
         assert lead.mean() > 0.02
 
 

@@ -11,9 +11,11 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from fedjax_mtl import algorithms, batching, clients, federation, sampling, tasks
-from fedjax_mtl.algorithms.clustered import bipartition, cosine_distances, split_norms
-from fedjax_mtl.algorithms.fedem import responsibilities, update_mixture
+from fedjax_mtl import algorithms, tasks
+from fedjax_mtl.algorithms._clustered import bipartition, cosine_distances, split_norms
+from fedjax_mtl.algorithms._fedem import responsibilities, update_mixture
+from fedjax_mtl.clients import training
+from fedjax_mtl.core import batching, federation, sampling
 from fedjax_mtl.models import Model
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedem.json").read_text())
@@ -54,7 +56,10 @@ class Problem:
     def make(self, xs, ys):
         sizes = [len(y) for y in ys]
         rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        examples = {"inputs": np.concatenate([np.array(x) for x in xs]), "labels": np.concatenate(ys)}
+        examples = {
+            "inputs": np.concatenate([np.array(x) for x in xs]),
+            "labels": np.concatenate(ys),
+        }
         return federation.make_federation(examples, rows)
 
     def fedem(self, optimizer, **settings):
@@ -102,7 +107,7 @@ def test_e_step_and_mixture(name):
 def test_weighted_losses_and_gradients(name):
     case = case_named(name)
     problem, expected = Problem(case), case["one_round_plain_sgd"]
-    gradient = clients.loss_gradient(tasks.example_losses(problem.model, problem.task))
+    gradient = training.loss_gradient(tasks.example_losses(problem.model, problem.task))
     for t in range(problem.train.num_clients):
         x, y = jnp.array(problem.inputs["X"][t]), jnp.array(problem.inputs["y"][t])
         for m in range(problem.components):
@@ -120,7 +125,9 @@ def test_one_round_and_the_mixture_predictor(name):
     case = case_named(name)
     problem, expected = Problem(case), case["one_round_plain_sgd"]
     algorithm = problem.fedem(optax.sgd(problem.lr))
-    state, _ = jax.jit(algorithm.round)(problem.state(algorithm), problem.cohort(), jax.random.key(1))
+    state, _ = jax.jit(algorithm.round)(
+        problem.state(algorithm), problem.cohort(), jax.random.key(1)
+    )
     np.testing.assert_allclose(state.params["W"], expected["agg_W"], **TOLERANCE)
     np.testing.assert_allclose(state.params["b"], expected["agg_b"], **TOLERANCE)
     np.testing.assert_allclose(state.clients.mixture, expected["pi_new"], **TOLERANCE)
@@ -160,7 +167,9 @@ def test_an_unseen_client_learns_its_mixture(name):
     for expected in case["unseen_client_pi_only"]:
         if "iterations" not in expected:
             continue
-        algorithm = problem.fedem(optax.sgd(problem.lr), adaptation_iterations=expected["iterations"])
+        algorithm = problem.fedem(
+            optax.sgd(problem.lr), adaptation_iterations=expected["iterations"]
+        )
         state = problem.state(algorithm)
         adapted = algorithm.adapt(state, unseen_of(case, problem), jax.random.key(0))
         np.testing.assert_allclose(adapted.clients.mixture[0], expected["pi"], **TOLERANCE)
@@ -183,7 +192,9 @@ def test_gossip(name):
         plan=batching.epochs(1, None),
         optimizer=optax.sgd(problem.lr),
     )
-    state, _ = jax.jit(algorithm.round)(problem.state(algorithm), problem.cohort(), jax.random.key(1))
+    state, _ = jax.jit(algorithm.round)(
+        problem.state(algorithm), problem.cohort(), jax.random.key(1)
+    )
     np.testing.assert_allclose(state.params["W"], expected["W"], **TOLERANCE)
     np.testing.assert_allclose(state.params["b"], expected["b"], **TOLERANCE)
 
@@ -193,12 +204,14 @@ def test_proximal_steps(name):
     case = case_named(name)
     problem, expected = Problem(case), case["prox_sgd_two_steps"]
     component = [jax.tree.map(lambda p, m=m: p[m], problem.params) for m in range(2)]
-    gradient = clients.proximal(
-        clients.loss_gradient(tasks.example_losses(problem.model, problem.task)),
+    gradient = training.proximal(
+        training.loss_gradient(tasks.example_losses(problem.model, problem.task)),
         expected["mu"],
         component[1],
     )
-    optimizer = optax.chain(optax.add_decayed_weights(expected["weight_decay"]), optax.sgd(problem.lr))
+    optimizer = optax.chain(
+        optax.add_decayed_weights(expected["weight_decay"]), optax.sgd(problem.lr)
+    )
     x, y = jnp.array(problem.inputs["X"][0]), jnp.array(problem.inputs["y"][0])
     batch = batching.Batch({"inputs": x, "labels": y}, jnp.ones(len(y), bool), jnp.ones(len(y)))
     params, state = component[0], optimizer.init(component[0])
@@ -225,9 +238,13 @@ def test_clustered_split():
     second = bipartition(distance, members)
     groups = {frozenset(np.nonzero(np.array(second) == side)[0].tolist()) for side in (0, 1)}
     assert groups == {frozenset(g) for g in expected["groups_by_complete_linkage"]}
-    by_scipy = fcluster(linkage(squareform(np.array(distance), checks=False), "complete"), 2, "maxclust")
+    by_scipy = fcluster(
+        linkage(squareform(np.array(distance), checks=False), "complete"), 2, "maxclust"
+    )
     assert groups == {frozenset(np.nonzero(by_scipy == side)[0].tolist()) for side in (1, 2)}
     norms = split_norms(updates, members)
     np.testing.assert_allclose(norms.mean_update, expected["norm_of_mean_update"], **TOLERANCE)
     np.testing.assert_allclose(norms.largest_update, expected["max_update_norm"], **TOLERANCE)
-    np.testing.assert_allclose(norms.largest_coordinate, expected["max_abs_coordinate"], **TOLERANCE)
+    np.testing.assert_allclose(
+        norms.largest_coordinate, expected["max_abs_coordinate"], **TOLERANCE
+    )

@@ -11,18 +11,19 @@ import pytest
 
 from fedjax_mtl import (
     algorithms,
-    batching,
     evaluate_clients,
     make_execution,
     models,
-    sampling,
     simulate,
     summarise_clients,
     tasks,
 )
+from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.data.synthetic import synthetic_mixture
 
-OFFICIAL = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedem_official_runs.json").read_text())
+OFFICIAL = json.loads(
+    (pathlib.Path(__file__).parents[1] / "golden" / "fedem_official_runs.json").read_text()
+)
 TASK = tasks.binary_classification()
 LINEAR = models.linear((40,), 1)
 EXECUTION = make_execution("chunk", 10)
@@ -45,7 +46,12 @@ def splits():
 
 def official_init(seed: int, component: int):
     weights = jnp.array(OFFICIAL["init"]["W"][seed][component], jnp.float32)[:, None]
-    return {"decoder": {"kernel": weights, "bias": jnp.array(OFFICIAL["init"]["b"][seed][component])[None]}}
+    return {
+        "decoder": {
+            "kernel": weights,
+            "bias": jnp.array(OFFICIAL["init"]["b"][seed][component])[None],
+        }
+    }
 
 
 def starting_from(algorithm, seed, components=None):
@@ -89,9 +95,15 @@ def full_batch_algorithm(name):
         "dfedem": lambda: algorithms.decentralized_fedem(
             LINEAR, TASK, mixing_matrix=jnp.array(OFFICIAL["mixing_matrix"]), **decentralised
         ),
-        "fedavg": lambda: algorithms.fedavg(LINEAR, TASK, optimizer=momentum, keep_optimizer=True, **common),
-        "local": lambda: algorithms.local(LINEAR, TASK, optimizer=momentum, keep_optimizer=True, **common),
-        "fedprox": lambda: algorithms.fedprox(LINEAR, TASK, optimizer=plain, proximal_strength=0.1, **common),
+        "fedavg": lambda: algorithms.fedavg(
+            LINEAR, TASK, optimizer=momentum, keep_optimizer=True, **common
+        ),
+        "local": lambda: algorithms.local(
+            LINEAR, TASK, optimizer=momentum, keep_optimizer=True, **common
+        ),
+        "fedprox": lambda: algorithms.fedprox(
+            LINEAR, TASK, optimizer=plain, proximal_strength=0.1, **common
+        ),
         "pfedme": lambda: algorithms.pfedme(
             LINEAR, TASK, optimizer=plain, penalty=0.1, fidelity="released", **common
         ),
@@ -153,7 +165,12 @@ def minibatch_algorithm(name):
     if name.startswith("fedem"):
         components = int(name.split("_m")[1][0])
         algorithm = algorithms.fedem(
-            LINEAR, TASK, num_components=components, optimizer=momentum, fidelity="released", **common
+            LINEAR,
+            TASK,
+            num_components=components,
+            optimizer=momentum,
+            fidelity="released",
+            **common,
         )
         return algorithm, components
     make = {

@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedjax_mtl.algorithms.fedem import responsibilities, update_mixture
+from fedjax_mtl.algorithms._fedem import responsibilities, update_mixture
 
 SETTINGS = settings(deadline=None, max_examples=40)
 M, N = 3, 7
 LOSSES = hnp.arrays(np.float32, (M, N), elements=st.floats(0, 200, width=32))
-MIXTURES = hnp.arrays(np.float32, (M,), elements=st.floats(0, 1, width=32)).filter(lambda p: p.sum() > 0.1)
+MIXTURES = hnp.arrays(np.float32, (M,), elements=st.floats(0, 1, width=32)).filter(
+    lambda p: p.sum() > 0.1
+)
 
 
 def normal(p):

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_mtl import algorithms, batching, make_execution, make_federation, models, sampling, tasks, trees
-from fedjax_mtl.algorithms.fedgradnorm import loss_weights
+from fedjax_mtl import algorithms, make_execution, make_federation, models, tasks
+from fedjax_mtl.algorithms._fedgradnorm import loss_weights
+from fedjax_mtl.core import batching, sampling, trees
 from fedjax_mtl.server.wireless import over_the_air_sum
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedgradnorm.json").read_text())
@@ -46,7 +47,9 @@ def golden_federation():
         "labels": np.concatenate([c["y"] for c in clients]),
     }
     ends = np.cumsum([0] + [len(c["y"]) for c in clients])
-    return make_federation(examples, [np.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)])
+    return make_federation(
+        examples, [np.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    )
 
 
 def golden_algorithm(server_optimizer=None, execution="vmap", **changes):
@@ -100,7 +103,11 @@ def test_golden_rounds(execution):
 
 @pytest.mark.parametrize(
     "reading, name",
-    [("first_step", "norm_first_last"), ("mean_step", "mean_step_norm_last"), ("update", "norm_avg_last")],
+    [
+        ("first_step", "norm_first_last"),
+        ("mean_step", "mean_step_norm_last"),
+        ("update", "norm_avg_last"),
+    ],
 )
 def test_norm_readings(reading, name):
     """All readings of the first round: weights start at 1 and rates are 1."""
@@ -109,7 +116,9 @@ def test_norm_readings(reading, name):
     raw = 1 - SETTINGS["lr_p"] * np.sign(norms - norms.mean()) * norms
     with jax.enable_x64(True):
         algorithm = golden_algorithm(norms=reading)
-        state, _ = algorithm.round(start(algorithm), everybody(golden_federation()), jax.random.key(0))
+        state, _ = algorithm.round(
+            start(algorithm), everybody(golden_federation()), jax.random.key(0)
+        )
         np.testing.assert_allclose(loss_weights(state), 3 * raw / raw.sum(), rtol=1e-6)
 
 
@@ -119,7 +128,9 @@ def test_loss_points(point):
     losses = [c["F"] if point == "shared" else c["head_losses"][0] for c in expected]
     with jax.enable_x64(True):
         algorithm = golden_algorithm(loss_point=point)
-        state, _ = algorithm.round(start(algorithm), everybody(golden_federation()), jax.random.key(0))
+        state, _ = algorithm.round(
+            start(algorithm), everybody(golden_federation()), jax.random.key(0)
+        )
         np.testing.assert_allclose(state.server[1].initial_losses, losses, rtol=1e-6)
 
 
@@ -127,10 +138,14 @@ def test_static_weights_are_fedrep():
     """Weights that do not move and a server step of learning rate times steps: the mean of the local models."""
     with jax.enable_x64(True):
         cohort = everybody(golden_federation())
-        equal = golden_algorithm(optax.sgd(SETTINGS["lr_shared"] * SETTINGS["tau_w"]), dynamic=False)
+        equal = golden_algorithm(
+            optax.sgd(SETTINGS["lr_shared"] * SETTINGS["tau_w"]), dynamic=False
+        )
         state, _ = equal.round(start(equal), cohort, jax.random.key(0))
         for name in ("W1", "W2"):
-            local = np.mean([c[f"{name}_local_out"] for c in GOLDEN["rounds"][0]["clients"]], axis=0)
+            local = np.mean(
+                [c[f"{name}_local_out"] for c in GOLDEN["rounds"][0]["clients"]], axis=0
+            )
             np.testing.assert_allclose(state.params[name], local, rtol=1e-6)
         rep = algorithms.fedrep(
             golden_model(),
@@ -144,7 +159,9 @@ def test_static_weights_are_fedrep():
         )
         other, _ = rep.round(start(rep), cohort, jax.random.key(0))
         np.testing.assert_allclose(other.params["W1"], state.params["W1"], rtol=1e-6)
-        np.testing.assert_allclose(other.clients.personal["v"], state.clients.personal["v"], rtol=1e-6)
+        np.testing.assert_allclose(
+            other.clients.personal["v"], state.clients.personal["v"], rtol=1e-6
+        )
 
 
 def test_local_weighting_starts_alike_and_then_weighs_the_local_loss():
@@ -202,8 +219,13 @@ def test_one_client_keeps_weight_one():
 def test_over_the_air_golden():
     given, expected = GOLDEN["hota"]["inputs"], GOLDEN["hota"]["outputs"]
     with jax.enable_x64(True):
-        gradients, gains = jnp.asarray(given["cluster_gradients"]), jnp.asarray(given["channel_gain"])
-        ours = over_the_air_sum(gradients, gains, jnp.asarray(given["noise"]), given["H_th"], given["rho"])
+        gradients, gains = (
+            jnp.asarray(given["cluster_gradients"]),
+            jnp.asarray(given["channel_gain"]),
+        )
+        ours = over_the_air_sum(
+            gradients, gains, jnp.asarray(given["noise"]), given["H_th"], given["rho"]
+        )
         np.testing.assert_allclose(ours, expected["estimate"], rtol=1e-6, atol=1e-12)
         ideal = over_the_air_sum(gradients, gains, jnp.zeros(6), 0.0, given["rho"])
         np.testing.assert_allclose(ideal, expected["ideal_mean"], rtol=1e-6)
@@ -227,7 +249,9 @@ def test_over_the_air_limits_and_fading():
     # Nobody's channel is good enough: nothing moves. One dead cluster: the mean of the others.
     _, (silent, _) = hota_update(learning_rate=0.0, fading=1e-6)
     assert not silent["w"].any()
-    _, (two, _) = hota_update(learning_rate=0.0, threshold=1e-9, fading=jnp.array([1e-9, 1, 1]), noise=0.0)
+    _, (two, _) = hota_update(
+        learning_rate=0.0, threshold=1e-9, fading=jnp.array([1e-9, 1, 1]), noise=0.0
+    )
     np.testing.assert_allclose(two["w"], updates[2:].mean(0), rtol=1e-3, atol=1e-3)
     _, (_, moved) = hota_update(learning_rate=0.1)
     np.testing.assert_allclose(moved.weights.sum(1), 2, rtol=1e-5)

@@ -10,22 +10,19 @@ import optax
 import pytest
 from helpers import assert_trees_close
 
-from fedjax_mtl import (
-    algorithms,
-    batching,
-    evaluate_clients,
-    make_execution,
-    models,
-    sampling,
-    server,
-    simulate,
-    task_graphs,
-    tasks,
+from fedjax_mtl import algorithms, evaluate_clients, make_execution, models, server, simulate, tasks
+from fedjax_mtl.algorithms._mira import (
+    adapter_traffic,
+    mira,
+    released_strength,
+    server_memory,
+    tuning_memory,
 )
-from fedjax_mtl.algorithms.mira import adapter_traffic, mira, released_strength, server_memory, tuning_memory
+from fedjax_mtl.clients.central import train_centrally
+from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.data.markov_chains import markov_chains, pretraining_sequences
 from fedjax_mtl.models import adapters
-from fedjax_mtl.pretraining import train_centrally
+from fedjax_mtl.relations import graphs
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "mira.json").read_text())
 VMAP = make_execution("vmap")
@@ -39,11 +36,13 @@ SETTINGS = {
     "optimizer": optax.adam(0.01),
     "execution": VMAP,
 }
-GROUPS = task_graphs.fixed(task_graphs.by_group(CHAINS.groups))
+GROUPS = graphs.fixed(graphs.by_group(CHAINS.groups))
 
 
 def run(algorithm, num_rounds=3, sampler=None):
-    sim = simulate(algorithm, CHAINS.splits.train, num_rounds=num_rounds, seeds=(5,), sampler=sampler)
+    sim = simulate(
+        algorithm, CHAINS.splits.train, num_rounds=num_rounds, seeds=(5,), sampler=sampler
+    )
     return jax.tree.map(lambda x: x[0], sim.state)
 
 
@@ -70,7 +69,7 @@ def test_no_strength_is_local_tuning():
 
 
 def test_complete_graph_at_one_over_clients_is_fedit():
-    graph = task_graphs.fixed(task_graphs.complete(6))
+    graph = graphs.fixed(graphs.complete(6))
     ours = run(mira(MODEL, TASK, graph=graph, strength=1 / 6, **SETTINGS))
     theirs = run(algorithms.fedit(MODEL, TASK, weighting="uniform", **SETTINGS))
     for client in range(6):
@@ -107,13 +106,17 @@ def test_clients_not_sampled_keep_their_adapters():
     cohort = sampling.make_cohort(CHAINS.splits.train, jnp.array([4, 1]))
     after, _ = algorithm.round(state, cohort, jax.random.key(1))
     for leaf, old in zip(
-        jax.tree.leaves(after.params["adapters"]), jax.tree.leaves(state.params["adapters"]), strict=True
+        jax.tree.leaves(after.params["adapters"]),
+        jax.tree.leaves(state.params["adapters"]),
+        strict=True,
     ):
         np.testing.assert_array_equal(leaf[jnp.array([0, 2, 3, 5])], old[jnp.array([0, 2, 3, 5])])
 
 
 def test_a_newcomer_tunes_the_mean_adapters():
-    algorithm = mira(MODEL, TASK, graph=GROUPS, strength=0.1, adaptation=batching.steps(3, 4), **SETTINGS)
+    algorithm = mira(
+        MODEL, TASK, graph=GROUPS, strength=0.1, adaptation=batching.steps(3, 4), **SETTINGS
+    )
     state = run(algorithm)
     adapted = algorithm.adapt(state, CHAINS.splits.test, jax.random.key(0))
     outputs = algorithm.predict(
@@ -154,8 +157,8 @@ def losses_of_methods(seed, num_rounds=60):
         "optimizer": optax.adam(5e-3),
         "execution": VMAP,
     }
-    group = task_graphs.fixed(task_graphs.by_group(chains.groups))
-    random = task_graphs.fixed(task_graphs.random(16, seed))
+    group = graphs.fixed(graphs.by_group(chains.groups))
+    random = graphs.fixed(graphs.random(16, seed))
     methods = {
         "local": algorithms.local_adapters(model, TASK, **settings),
         "fedit": algorithms.fedit(model, TASK, weighting="uniform", **settings),
@@ -173,7 +176,9 @@ def losses_of_methods(seed, num_rounds=60):
             seeds=(seed,),
             evaluate=lambda algorithm, state, test, key: judge(state, test),
             evaluation_data=chains.splits.test,
-            initial=lambda state: state._replace(params=adapters.load_base(state.params, pretrained.params)),
+            initial=lambda state: state._replace(
+                params=adapters.load_base(state.params, pretrained.params)
+            ),
         )
         return float(np.mean(sim.evaluations[-1]["loss"]))
 

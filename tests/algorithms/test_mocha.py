@@ -12,24 +12,26 @@ import scipy.optimize
 from hypothesis import given, settings
 from mocha_problems import every_fourth_is_test, federate, reference_data, related_tasks
 
-from experiments.mocha_twin import Twin
-from fedjax_mtl import make_execution, relationships, sampling, simulate
-from fedjax_mtl.algorithms.mocha import mocha, with_later_task
-from fedjax_mtl.algorithms.mocha_baselines import (
+from experiments.benchmarks.mocha_numpy import Twin
+from fedjax_mtl import make_execution, simulate
+from fedjax_mtl.algorithms._mocha import mocha, with_later_task
+from fedjax_mtl.algorithms._mocha_baselines import (
     cocoa,
     global_model,
     local_models,
     minibatch_sdca,
     minibatch_sgd,
 )
-from fedjax_mtl.dual_ascent import (
+from fedjax_mtl.core import sampling
+from fedjax_mtl.relations import covariance
+from fedjax_mtl.rounds.dual import check_tasks, objective
+from fedjax_mtl.rounds.dual_ascent import (
     Subproblem,
     coordinate_ascent,
     inexactness_bound,
     local_gap,
     local_objective,
 )
-from fedjax_mtl.dual_rounds import check_tasks, objective
 from fedjax_mtl.tasks import dual
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -64,7 +66,9 @@ def make(federation, loss, relationship, **changes):
         "dtype": jnp.float64,
         **changes,
     }
-    return mocha(LOSSES[loss] if isinstance(loss, str) else loss, relationship=relationship, **arguments)
+    return mocha(
+        LOSSES[loss] if isinstance(loss, str) else loss, relationship=relationship, **arguments
+    )
 
 
 def cohort_with(federation, budgets=None, present=None):
@@ -85,7 +89,7 @@ def test_tiny_rounds(name):
     algorithm = make(
         federation,
         case["loss"],
-        relationships.given(TINY["inputs"]["Sigma"]),
+        covariance.given(TINY["inputs"]["Sigma"]),
         aggregation=case["gamma"],
         order="cyclic",
         passes=10,
@@ -134,9 +138,9 @@ def measured_inexactness(loss, federation, before, after, case):
 def _theta(loss, problem, alpha, gamma):
     change = (alpha - problem.alpha) / gamma
     order = jnp.arange(problem.alpha.shape[0])
-    exact = jax.jit(lambda problem: coordinate_ascent(loss, problem, order, jnp.int32(12000), 12000).alpha)(
-        problem
-    )
+    exact = jax.jit(
+        lambda problem: coordinate_ascent(loss, problem, order, jnp.int32(12000), 12000).alpha
+    )(problem)
     best = local_objective(loss, problem, exact)
     assert float(local_gap(loss, problem, exact)) < 1e-9
     start = local_objective(loss, problem, jnp.zeros_like(change))
@@ -154,7 +158,7 @@ def test_too_small_sigma_prime_diverges():
         algorithm = make(
             federation,
             "squared",
-            relationships.given(case["Sigma"]),
+            covariance.given(case["Sigma"]),
             sigma_prime=case[name]["sigma_prime"],
             order="cyclic",
             passes=10,
@@ -169,30 +173,47 @@ def test_hinge_with_an_unsafe_sigma_prime():
     case = TINY["cases"]["hinge_sigma_prime_1"]
     federation = tiny_federation("hinge")
     algorithm = make(
-        federation, "hinge", relationships.given(TINY["inputs"]["Sigma"]), sigma_prime=1.0, order="cyclic"
+        federation,
+        "hinge",
+        covariance.given(TINY["inputs"]["Sigma"]),
+        sigma_prime=1.0,
+        order="cyclic",
     )
     metrics = simulate(algorithm, federation, num_rounds=len(case["rounds"])).metrics
-    np.testing.assert_allclose(metrics["gap"][0], [row["gap"] for row in case["rounds"]], atol=1e-10)
+    np.testing.assert_allclose(
+        metrics["gap"][0], [row["gap"] for row in case["rounds"]], atol=1e-10
+    )
 
 
 def test_learned_relation_changes_the_objective():
     update = TINY["sigma_updates"]["mtrl_trace1"]
     rounds = TINY["cases"]["hinge_full_passes"]["rounds"]
     weights = np.array(TINY["sigma_updates"]["W_used"]).T
-    count = next(i + 1 for i, row in enumerate(rounds) if np.allclose(np.array(row["W"]).T, weights))
+    count = next(
+        i + 1 for i, row in enumerate(rounds) if np.allclose(np.array(row["W"]).T, weights)
+    )
     federation = tiny_federation("hinge")
-    first = relationships.given(TINY["inputs"]["Sigma"])
-    learned = relationships.task_relationship()._replace(init=first.init)
+    first = covariance.given(TINY["inputs"]["Sigma"])
+    learned = covariance.task_relationship()._replace(init=first.init)
     for fidelity, expected in (("paper", "primal_recomputed"), ("released", "primal_if_W_kept")):
         algorithm = make(
-            federation, "hinge", learned, order="cyclic", relationship_every=count, fidelity=fidelity
+            federation,
+            "hinge",
+            learned,
+            order="cyclic",
+            relationship_every=count,
+            fidelity=fidelity,
         )
         sim = simulate(algorithm, federation, num_rounds=count)
         np.testing.assert_allclose(sim.metrics["primal"][0, -1], update[expected], rtol=1e-8)
         np.testing.assert_allclose(sim.state.sigma_prime[0], update["sigma_prime"], rtol=1e-8)
         if fidelity == "paper":
-            np.testing.assert_allclose(sim.metrics["dual"][0, -1], update["dual_recomputed"], rtol=1e-8)
-            np.testing.assert_allclose(sim.state.clients.weights[0].T, update["W_recomputed"], rtol=1e-8)
+            np.testing.assert_allclose(
+                sim.metrics["dual"][0, -1], update["dual_recomputed"], rtol=1e-8
+            )
+            np.testing.assert_allclose(
+                sim.state.clients.weights[0].T, update["W_recomputed"], rtol=1e-8
+            )
 
 
 def rotated(period):
@@ -230,7 +251,7 @@ def test_official_curves(name):
     factory, changes = OFFICIAL[name]
     algorithm = factory(
         dual.hinge(),
-        relationship=relationships.independent(),
+        relationship=covariance.independent(),
         order=rotated(10**6),
         **small_settings(train),
         **changes,
@@ -240,7 +261,9 @@ def test_official_curves(name):
     for row in rows:
         for value in {"primal", "dual", "gap"} & set(row) & set(metrics):
             expected, ours = row[value], metrics[value][0, row["round"] - 1]
-            np.testing.assert_allclose(ours, expected, rtol=1e-8 if row["round"] <= 50 else 1e-6, atol=1e-9)
+            np.testing.assert_allclose(
+                ours, expected, rtol=1e-8 if row["round"] <= 50 else 1e-6, atol=1e-9
+            )
         if "max_its" in row and row["round"] < len(metrics["slowest_steps"][0]):
             assert metrics["slowest_steps"][0, row["round"]] + 1 == row["max_its"]
 
@@ -250,7 +273,7 @@ def test_official_alternation(name):
     train, test = every_fourth_is_test(reference_data("mocha_small"))
     algorithm = mocha(
         dual.hinge(),
-        relationship=relationships.task_relationship(),
+        relationship=covariance.task_relationship(),
         relationship_every=20,
         passes=0.5,
         order=rotated(20),
@@ -263,7 +286,9 @@ def test_official_alternation(name):
         np.testing.assert_allclose(sim.metrics["primal"][0, index], row["primal"], rtol=1e-6)
         np.testing.assert_allclose(sim.metrics["dual"][0, index], row["dual"], rtol=1e-6)
     final = CURVES[name]["final"]
-    np.testing.assert_allclose(sim.state.covariance[0, 0, :5], final["Sigma_row0_first5"], rtol=1e-5)
+    np.testing.assert_allclose(
+        sim.state.covariance[0, 0, :5], final["Sigma_row0_first5"], rtol=1e-5
+    )
     np.testing.assert_allclose(sim.state.sigma_prime[0], final["rho"], rtol=1e-5)
     if name == "mocha_full_official":
         errors = test_errors(sim.state.clients.weights[0], test)
@@ -275,7 +300,10 @@ def test_errors(weights, test):
     inputs, labels = np.asarray(test.examples["inputs"]), np.asarray(test.examples["labels"])
     rows = [np.asarray(own[:size]) for own, size in zip(test.indices, test.sizes, strict=True)]
     return np.mean(
-        [np.mean(np.sign(inputs[r] @ w) != labels[r]) for r, w in zip(rows, np.asarray(weights), strict=True)]
+        [
+            np.mean(np.sign(inputs[r] @ w) != labels[r])
+            for r, w in zip(rows, np.asarray(weights), strict=True)
+        ]
     )
 
 
@@ -284,7 +312,7 @@ test_errors.__test__ = False
 
 def test_small_set_reaches_the_optimum():
     train, _ = every_fourth_is_test(reference_data("mocha_small"))
-    algorithm = mocha(dual.hinge(), relationship=relationships.independent(), **small_settings(train))
+    algorithm = mocha(dual.hinge(), relationship=covariance.independent(), **small_settings(train))
     metrics = simulate(algorithm, train, num_rounds=4000).metrics
     np.testing.assert_allclose(
         metrics["primal"][0, -1], CURVES["optimum_fixed_Omega"]["primal_generic_solver"], rtol=1e-9
@@ -305,7 +333,7 @@ def test_school_optimum():
     train, test = (f._replace(examples={**f.examples, "labels": labels}) for f in (train, test))
     algorithm = mocha(
         dual.squared(),
-        relationship=relationships.mean_regularised(1.0, 2.0, 0.1),
+        relationship=covariance.mean_regularised(1.0, 2.0, 0.1),
         order="cyclic",
         **{**small_settings(train), "features": 28, "penalty": 1.0},
     )
@@ -321,7 +349,7 @@ def test_school_optimum():
         np.testing.assert_allclose(ours, values, rtol=1e-8)
     tight = mocha(
         dual.squared(),
-        relationship=relationships.mean_regularised(1.0, 2.0, 0.1),
+        relationship=covariance.mean_regularised(1.0, 2.0, 0.1),
         sigma_prime="eigenvalue",
         passes=5,
         **{**small_settings(train), "features": 28, "penalty": 1.0},
@@ -333,7 +361,12 @@ def test_school_optimum():
 @pytest.mark.claim
 @pytest.mark.parametrize(
     ("coupling", "optimum", "rounds"),
-    [(0.0, 5.44380818, 60), (0.01, 5.70923257, 100), (0.1, 6.02083461, 500), (100.0, 6.28966088, 1500)],
+    [
+        (0.0, 5.44380818, 60),
+        (0.01, 5.70923257, 100),
+        (0.1, 6.02083461, 500),
+        (100.0, 6.28966088, 1500),
+    ],
 )
 def test_landmine_optima(coupling, optimum, rounds):
     data = reference_data("landmine")
@@ -341,7 +374,7 @@ def test_landmine_optima(coupling, optimum, rounds):
     train, _ = every_fourth_is_test(data, inputs)
     algorithm = mocha(
         dual.logistic(),
-        relationship=relationships.mean_regularised(1.0, coupling, 1e-3),
+        relationship=covariance.mean_regularised(1.0, coupling, 1e-3),
         sigma_prime="eigenvalue",
         passes=5,
         **{**small_settings(train), "features": 10, "penalty": 1.0},
@@ -361,19 +394,23 @@ def test_equals_the_slow_twin(loss, passes):
     federation = federate(inputs, labels)
     rng = np.random.default_rng(3)
     root = rng.normal(size=(6, 6))
-    covariance = root @ root.T + np.eye(6)
-    twin = Twin(loss, inputs, labels, covariance, 0.2)
+    sigma = root @ root.T + np.eye(6)
+    twin = Twin(loss, inputs, labels, sigma, 0.2)
     algorithm = make(
-        federation, loss, relationships.given(covariance), penalty=0.2, order="cyclic", passes=passes
+        federation, loss, covariance.given(sigma), penalty=0.2, order="cyclic", passes=passes
     )
     state, one_round = algorithm.init(jax.random.key(0)), jax.jit(algorithm.round)
     for _ in range(12):
         budgets = rng.integers(0, int(13 * passes) + 1, 6)
         steps = np.minimum(budgets, np.floor(passes * np.asarray(federation.sizes)).astype(int))
-        state, metrics = one_round(state, cohort_with(federation, budgets, budgets > 0), jax.random.key(0))
+        state, metrics = one_round(
+            state, cohort_with(federation, budgets, budgets > 0), jax.random.key(0)
+        )
         twin.round(steps)
         np.testing.assert_allclose(state.clients.weights, twin.weights, atol=1e-10)
-        np.testing.assert_allclose([metrics["primal"], metrics["dual"]], twin.objective(), rtol=1e-9)
+        np.testing.assert_allclose(
+            [metrics["primal"], metrics["dual"]], twin.objective(), rtol=1e-9
+        )
         assert metrics["num_steps"] == steps.sum()
 
 
@@ -409,12 +446,12 @@ def dual_optimum(loss, inputs, labels, covariance, penalty):
 def test_gap_closes_at_a_generic_solvers_optimum(loss):
     inputs, labels = related_tasks(seed=2, regression=loss == "squared")
     federation = federate(inputs, labels)
-    relation = relationships.mean_regularised(0.1, 0.3, 0.05)
-    covariance = np.asarray(relation.init(6, jnp.float64))
+    relation = covariance.mean_regularised(0.1, 0.3, 0.05)
+    sigma = np.asarray(relation.init(6, jnp.float64))
     algorithm = make(federation, loss, relation, passes=20, sigma_prime="eigenvalue")
     metrics = simulate(algorithm, federation, num_rounds=400).metrics
     assert metrics["gap"][0, -1] < 1e-9
-    expected = dual_optimum(LOSSES[loss], inputs, labels, covariance, 0.1)
+    expected = dual_optimum(LOSSES[loss], inputs, labels, sigma, 0.1)
     np.testing.assert_allclose(metrics["primal"][0, -1], expected, rtol=1e-7)
     assert metrics["primal"][0, -1] >= expected - 1e-9  # weak duality
 
@@ -425,7 +462,7 @@ def test_limits_of_mean_regularisation():
     federation = federate(inputs, labels)
 
     def solve(coupling, rounds):
-        relation = relationships.mean_regularised(0.1, coupling, 0.05)
+        relation = covariance.mean_regularised(0.1, coupling, 0.05)
         algorithm = make(federation, "squared", relation, passes=10, sigma_prime="eigenvalue")
         return simulate(algorithm, federation, num_rounds=rounds).state.clients.weights[0]
 
@@ -434,7 +471,9 @@ def test_limits_of_mean_regularisation():
         ridge = np.linalg.solve(x.T @ x / len(y) + 0.1 * np.eye(4), x.T @ y / len(y))
         np.testing.assert_allclose(weights, ridge, atol=1e-8)
     gram = sum(x.T @ x / len(x) for x in inputs) + 6 * 0.1 * np.eye(4)
-    pooled = np.linalg.solve(gram, sum(x.T @ y / len(y) for x, y in zip(inputs, labels, strict=True)))
+    pooled = np.linalg.solve(
+        gram, sum(x.T @ y / len(y) for x, y in zip(inputs, labels, strict=True))
+    )
     np.testing.assert_allclose(solve(1e4, 400), np.tile(pooled, (6, 1)), atol=1e-4)
 
 
@@ -456,7 +495,10 @@ def test_dual_never_decreases(seed, loss, aggregation, bound):
     for round_index in range(6):
         present = rng.random(6) > 0.4
         cohort = cohort_with(federation, rng.integers(0, 30, 6), present)
-        before, (state, metrics) = state, one_round(state, cohort, jax.random.key(seed + round_index))
+        before, (state, metrics) = (
+            state,
+            one_round(state, cohort, jax.random.key(seed + round_index)),
+        )
         assert metrics["dual"] >= previous - 1e-10
         assert metrics["gap"] >= -1e-10
         assert 0 <= metrics["inexactness"] <= 1
@@ -471,7 +513,9 @@ def test_dual_never_decreases(seed, loss, aggregation, bound):
 
 def padded_labels(federation):
     real = np.arange(federation.capacity) < np.asarray(federation.sizes)[:, None]
-    return np.where(real, np.asarray(federation.examples["labels"])[np.asarray(federation.indices)], 0)
+    return np.where(
+        real, np.asarray(federation.examples["labels"])[np.asarray(federation.indices)], 0
+    )
 
 
 _COMPILED = {}
@@ -482,7 +526,7 @@ def _monotone(loss, aggregation, bound):
         inputs, labels = related_tasks(seed=7, regression=loss == "squared")
         federation = federate(inputs, labels)
         root = np.random.default_rng(8).normal(size=(6, 6))
-        relation = relationships.given(root @ root.T + 0.1 * np.eye(6))
+        relation = covariance.given(root @ root.T + 0.1 * np.eye(6))
         algorithm = make(
             federation,
             loss,
@@ -498,7 +542,7 @@ def _monotone(loss, aggregation, bound):
 
 def test_padding_and_execution_change_nothing():
     inputs, labels = related_tasks(seed=5)
-    relation = relationships.task_relationship(ridge=0.1)
+    relation = covariance.task_relationship(ridge=0.1)
     results = []
     for capacity, mode in ((None, "vmap"), (40, "vmap"), (None, "map")):
         federation = federate(inputs, labels, capacity)
@@ -512,7 +556,9 @@ def test_padding_and_execution_change_nothing():
         )
         results.append(simulate(algorithm, federation, num_rounds=9))
     for other in results[1:]:
-        np.testing.assert_allclose(other.state.clients.weights, results[0].state.clients.weights, atol=1e-12)
+        np.testing.assert_allclose(
+            other.state.clients.weights, results[0].state.clients.weights, atol=1e-12
+        )
         np.testing.assert_allclose(other.metrics["gap"], results[0].metrics["gap"], atol=1e-12)
 
 
@@ -520,14 +566,14 @@ def test_order_of_tasks_does_not_matter():
     inputs, labels = related_tasks(seed=5)
     permutation = np.array([3, 1, 5, 0, 4, 2])
     root = np.random.default_rng(1).normal(size=(6, 6))
-    covariance = root @ root.T + np.eye(6)
+    sigma = root @ root.T + np.eye(6)
     straight, shuffled = (
         federate(inputs, labels),
         federate([inputs[p] for p in permutation], [labels[p] for p in permutation]),
     )
-    first = make(straight, "hinge", relationships.given(covariance), order="cyclic")
+    first = make(straight, "hinge", covariance.given(sigma), order="cyclic")
     second = make(
-        shuffled, "hinge", relationships.given(covariance[permutation][:, permutation]), order="cyclic"
+        shuffled, "hinge", covariance.given(sigma[permutation][:, permutation]), order="cyclic"
     )
     a = simulate(first, straight, num_rounds=5).state.clients.weights[0]
     b = simulate(second, shuffled, num_rounds=5).state.clients.weights[0]
@@ -537,11 +583,13 @@ def test_order_of_tasks_does_not_matter():
 def test_slots_of_a_cohort_in_any_order():
     inputs, labels = related_tasks(seed=6)
     federation = federate(inputs, labels)
-    algorithm = make(federation, "hinge", relationships.mean_regularised(0.1, 1.0, 0.1))
+    algorithm = make(federation, "hinge", covariance.mean_regularised(0.1, 1.0, 0.1))
     state = algorithm.init(jax.random.key(0))
     straight, _ = algorithm.round(state, cohort_with(federation), jax.random.key(1))
     ids = jnp.array([4, 0, 5, 2, 1, 3])
-    mixed, metrics = algorithm.round(state, sampling.make_cohort(federation, ids), jax.random.key(1))
+    mixed, metrics = algorithm.round(
+        state, sampling.make_cohort(federation, ids), jax.random.key(1)
+    )
     np.testing.assert_allclose(straight.clients.weights, mixed.clients.weights, atol=1e-14)
     value = objective(LOSSES["hinge"], 0.1, straight, federation)
     np.testing.assert_allclose(metrics["gap"], value.gap, atol=1e-12)
@@ -561,7 +609,7 @@ RELATED = {
 def related_method(name, federation):
     factory, changes = RELATED[name]
     if factory is not global_model:
-        changes = {**changes, "relationship": relationships.mean_regularised(0.1, 1.0, 0.1)}
+        changes = {**changes, "relationship": covariance.mean_regularised(0.1, 1.0, 0.1)}
     return factory(dual.hinge(), **baseline_settings(federation), **changes)
 
 
@@ -608,9 +656,9 @@ def test_few_steps_keep_minibatch_duals_in_their_domain():
 
 def test_clusters_of_nothing():
     for dtype in (jnp.float32, jnp.float64):
-        relation = relationships.clustered(2)
-        covariance = relation.update(jnp.zeros((4, 3), dtype), relation.init(4, dtype))
-        np.testing.assert_allclose(covariance, 0.5 * np.eye(4))
+        relation = covariance.clustered(2)
+        sigma = relation.update(jnp.zeros((4, 3), dtype), relation.init(4, dtype))
+        np.testing.assert_allclose(sigma, 0.5 * np.eye(4))
 
 
 def test_penalties_are_mapped():
@@ -618,7 +666,7 @@ def test_penalties_are_mapped():
     federation = federate(inputs, labels)
 
     def build(penalty):
-        relation = relationships.mean_regularised(penalty, 1.0, 0.1)
+        relation = covariance.mean_regularised(penalty, 1.0, 0.1)
         return make(federation, "hinge", relation, penalty=penalty, order="cyclic")
 
     penalties = jnp.array([0.05, 0.5])
@@ -634,13 +682,15 @@ def test_alternation_never_raises_the_joint_objective():
     algorithm = make(
         federation,
         "squared",
-        relationships.task_relationship(floor=1e-4),
+        covariance.task_relationship(floor=1e-4),
         relationship_every=60,
         passes=5,
         sigma_prime="eigenvalue",
     )
     primal = np.asarray(simulate(algorithm, federation, num_rounds=360).metrics["primal"][0])
-    before_update = primal[58::60]  # the last round of an outer iteration reports the new Sigma already
+    before_update = primal[
+        58::60
+    ]  # the last round of an outer iteration reports the new Sigma already
     assert (np.diff(before_update) <= 1e-6).all()
     assert before_update[-1] < before_update[0] - 1e-3
 
@@ -648,7 +698,7 @@ def test_alternation_never_raises_the_joint_objective():
 def test_dropped_for_ever_converges_to_a_wrong_point():
     inputs, labels = related_tasks(seed=3)
     federation = federate(inputs, labels)
-    algorithm = make(federation, "hinge", relationships.mean_regularised(0.1, 1.0, 0.1))
+    algorithm = make(federation, "hinge", covariance.mean_regularised(0.1, 1.0, 0.1))
     probability = np.array([1.0, 0, 0, 0, 0, 0])
     sampler = sampling.dropping(sampling.full_participation(), probability)
     everybody = simulate(algorithm, federation, num_rounds=300).metrics
@@ -672,12 +722,14 @@ def test_one_compilation_and_seeds():
     inputs = [x[:5] for x in inputs]
     federation = federate(inputs, [y[:5] for y in labels])
     algorithm = make(
-        federation, "hinge", relationships.task_relationship(), relationship_every=4, order=counted
+        federation, "hinge", covariance.task_relationship(), relationship_every=4, order=counted
     )
     sim = simulate(algorithm, federation, num_rounds=12, eval_every=4, seeds=(0, 1))
     assert len(traces) <= 2  # shapes, then the program
     alone = simulate(algorithm, federation, num_rounds=12, eval_every=4, seeds=(1,))
-    np.testing.assert_allclose(sim.state.clients.weights[1], alone.state.clients.weights[0], atol=1e-12)
+    np.testing.assert_allclose(
+        sim.state.clients.weights[1], alone.state.clients.weights[0], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -703,7 +755,10 @@ def test_a_coordinate_step_is_the_maximiser(loss):
         )
 
     best = np.asarray(law.ascend(*map(jnp.asarray, (alpha, y, score, curvature))))
-    for other in (alpha, *(y * level for level in (0.0, 1e-6, 0.01, 0.3, 0.7, 0.99, 1 - 1e-6, 1.0))):
+    for other in (
+        alpha,
+        *(y * level for level in (0.0, 1e-6, 0.01, 0.3, 0.7, 0.99, 1 - 1e-6, 1.0)),
+    ):
         assert (decrease(best) <= decrease(other) + 1e-9 * (1 + np.abs(decrease(best)))).all()
     for shift in (-1e-5, 1e-5):
         near = y * np.clip(y * best + shift, 0, 1) if loss != "squared" else best + shift
@@ -729,7 +784,7 @@ def test_cocoa_keeps_its_theta():
     algorithm = cocoa(
         dual.hinge(),
         inexactness=0.2,
-        relationship=relationships.mean_regularised(0.1, 1.0, 0.1),
+        relationship=covariance.mean_regularised(0.1, 1.0, 0.1),
         measure_inexactness=True,
         **baseline_settings(federation),
     )
@@ -742,11 +797,13 @@ def test_cocoa_keeps_its_theta():
 def test_minibatch_methods_approach_the_optimum(factory):
     inputs, labels = related_tasks(seed=12)
     federation = federate(inputs, labels)
-    relation = relationships.mean_regularised(0.1, 0.2, 0.1)
+    relation = covariance.mean_regularised(0.1, 0.2, 0.1)
     reference = make(federation, "hinge", relation, passes=10)
     best = simulate(reference, federation, num_rounds=300).metrics["primal"][0, -1]
     changes = {"scaling": 6.0} if factory is minibatch_sdca else {"scaling": 2.0}
-    algorithm = factory(dual.hinge(), relationship=relation, **baseline_settings(federation), **changes)
+    algorithm = factory(
+        dual.hinge(), relationship=relation, **baseline_settings(federation), **changes
+    )
     primal = simulate(algorithm, federation, num_rounds=800).metrics["primal"][0]
     assert best - 1e-9 <= primal[-1] < best + 0.02 * (primal[0] - best)
 
@@ -755,10 +812,14 @@ def test_global_model_is_the_pooled_problem_and_local_models_are_alone():
     inputs, labels = related_tasks(seed=13, regression=True)
     federation = federate(inputs, labels, 14)
     settings_ = baseline_settings(federation)
-    pooled = simulate(global_model(dual.squared(), passes=5, **settings_), federation, num_rounds=60)
+    pooled = simulate(
+        global_model(dual.squared(), passes=5, **settings_), federation, num_rounds=60
+    )
     x, y = np.concatenate(inputs), np.concatenate(labels)
     expected = np.linalg.solve(x.T @ x / len(y) + 0.1 * np.eye(4), x.T @ y / len(y))
-    np.testing.assert_allclose(pooled.state.clients.weights[0], np.tile(expected, (6, 1)), atol=1e-9)
+    np.testing.assert_allclose(
+        pooled.state.clients.weights[0], np.tile(expected, (6, 1)), atol=1e-9
+    )
     alone = simulate(local_models(dual.squared(), passes=5, **settings_), federation, num_rounds=60)
     for task, weights in enumerate(alone.state.clients.weights[0]):
         x, y = inputs[task], labels[task]
@@ -788,7 +849,9 @@ def test_released_local_and_global_models_stop_where_the_code_does(penalty):
     np.testing.assert_allclose(alone.state.clients.weights[0], expected, rtol=1e-9, atol=1e-12)
     pooled = simulate(global_model(dual.hinge(), **settings_), federation, num_rounds=1)
     expected = trained_as_released(np.concatenate(inputs), np.concatenate(labels), penalty)
-    np.testing.assert_allclose(pooled.state.clients.weights[0], np.tile(expected, (6, 1)), rtol=1e-9)
+    np.testing.assert_allclose(
+        pooled.state.clients.weights[0], np.tile(expected, (6, 1)), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("factory", [local_models, global_model])
@@ -798,7 +861,9 @@ def test_unknown_fidelity_of_local_and_global_models(factory):
         factory(dual.hinge(), fidelity="code", **baseline_settings(federation))
 
 
-@pytest.mark.parametrize("row", CURVES["error_table_fixed_split"]["rows"], ids=lambda row: f"{row['lam']:g}")
+@pytest.mark.parametrize(
+    "row", CURVES["error_table_fixed_split"]["rows"], ids=lambda row: f"{row['lam']:g}"
+)
 def test_official_errors_of_local_and_global_models(row):
     train, test = every_fourth_is_test(reference_data("mocha_small"))
     for name, factory in (("local", local_models), ("global", global_model)):
@@ -828,12 +893,12 @@ def mean_error(weights, federation):
 def test_newcomer_minimises_its_own_part():
     inputs, labels = related_tasks(num_tasks=7, seed=14)
     federation, newcomer = federate(inputs[:6], labels[:6]), federate(inputs[6:], labels[6:])
-    covariance = np.asarray(relationships.mean_regularised(0.1, 1.0, 0.1).init(7, jnp.float64))
-    relation = relationships.mean_regularised(0.1, 1.0, 0.1)
+    sigma = np.asarray(covariance.mean_regularised(0.1, 1.0, 0.1).init(7, jnp.float64))
+    relation = covariance.mean_regularised(0.1, 1.0, 0.1)
     algorithm = make(federation, "logistic", relation, passes=5)
     state = jax.tree.map(lambda x: x[0], simulate(algorithm, federation, num_rounds=100).state)
     adapted = algorithm.adapt(state, newcomer, jax.random.key(5))
-    precision = np.linalg.inv(covariance)
+    precision = np.linalg.inv(sigma)
     others = np.asarray(state.clients.weights)
 
     def own_part(w):
@@ -849,15 +914,22 @@ def test_newcomer_minimises_its_own_part():
 def test_later_task_joins():
     inputs, labels = related_tasks(num_tasks=7, seed=15)
     capacity = max(map(len, labels))
-    early, everybody = federate(inputs[:6], labels[:6], capacity), federate(inputs, labels, capacity)
-    relation = relationships.task_relationship(ridge=0.1)
+    early, everybody = (
+        federate(inputs[:6], labels[:6], capacity),
+        federate(inputs, labels, capacity),
+    )
+    relation = covariance.task_relationship(ridge=0.1)
     first = make(early, "hinge", relation, relationship_every=10)
     state = jax.tree.map(lambda x: x[0], simulate(first, early, num_rounds=20).state)
     second = make(everybody, "hinge", relation, relationship_every=10)
     grown = with_later_task(state, relation, 0.1)
     np.testing.assert_allclose(jnp.trace(grown.covariance), jnp.trace(state.covariance))
     sim = simulate(
-        second, everybody, num_rounds=60, state=jax.tree.map(lambda x: x[None], grown), start_round=20
+        second,
+        everybody,
+        num_rounds=60,
+        state=jax.tree.map(lambda x: x[None], grown),
+        start_round=20,
     )
     assert sim.metrics["gap"][0, -1] < sim.metrics["gap"][0, 0]
     assert np.abs(sim.state.clients.weights[0, 6]).max() > 0.01
@@ -897,13 +969,13 @@ def test_regression_has_no_classes():
 )
 def test_bad_relations(matrix, message):
     with pytest.raises(ValueError, match=message):
-        relationships.given(np.array(matrix))
+        covariance.given(np.array(matrix))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"relationship": relationships.given(np.eye(3))}, "6 tasks need"),
+        ({"relationship": covariance.given(np.eye(3))}, "6 tasks need"),
         ({"fidelity": "exact"}, "fidelity must be"),
         ({"passes": 0}, "passes is 0"),
         ({"inexactness": 1.0}, "inexactness is 1.0"),
@@ -912,13 +984,13 @@ def test_bad_relations(matrix, message):
         ({"aggregation": 2.0}, "aggregation is 2.0"),
         ({"sigma_prime": "tight"}, "unknown sigma_prime 'tight'"),
         ({"relationship_every": 5}, "this relationship is fixed"),
-        ({"relationship": relationships.clustered(9), "penalty": 1.0}, "9 clusters of 6 tasks"),
+        ({"relationship": covariance.clustered(9), "penalty": 1.0}, "9 clusters of 6 tasks"),
     ],
 )
 def test_bad_settings(changes, message):
     inputs, labels = related_tasks()
     federation = federate(inputs, labels)
-    arguments = {"relationship": relationships.independent(), **changes}
+    arguments = {"relationship": covariance.independent(), **changes}
     with pytest.raises(ValueError, match=message):
         make(federation, "hinge", **arguments).init(jax.random.key(0))
 
@@ -926,14 +998,14 @@ def test_bad_settings(changes, message):
 def test_double_precision_needs_x64():
     federation = tiny_federation("hinge")
     with jax.enable_x64(False), pytest.raises(ValueError, match="x64"):
-        make(federation, "hinge", relationships.independent())
+        make(federation, "hinge", covariance.independent())
 
 
 def test_bad_generators():
     for make_relation in (
-        lambda: relationships.mean_regularised(1.0, 1.0, 0.0),
-        lambda: relationships.clustered(0),
-        lambda: relationships.sparse_precision(1.0, -1.0),
+        lambda: covariance.mean_regularised(1.0, 1.0, 0.0),
+        lambda: covariance.clustered(0),
+        lambda: covariance.sparse_precision(1.0, -1.0),
         lambda: dual.smoothed_hinge(0.0),
         lambda: sampling.dropping(sampling.full_participation(), 1.5),
         lambda: sampling.fraction_of_data(0.9, 0.1),

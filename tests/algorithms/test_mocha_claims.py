@@ -9,16 +9,18 @@ import pytest
 from mocha_problems import every_fourth_is_test, reference_data
 from sklearn.metrics import roc_auc_score
 
-from fedjax_mtl import Federation, costs, relationships, sampling, simulate
-from fedjax_mtl.algorithms.mocha import mocha
-from fedjax_mtl.algorithms.mocha_baselines import (
+from fedjax_mtl import Federation, costs, simulate
+from fedjax_mtl.algorithms._mocha import mocha
+from fedjax_mtl.algorithms._mocha_baselines import (
     cocoa,
     global_model,
     local_models,
     minibatch_sdca,
     minibatch_sgd,
 )
+from fedjax_mtl.core import sampling
 from fedjax_mtl.data.task_tables import TaskTable, related_tasks, split_tasks
+from fedjax_mtl.relations import covariance
 from fedjax_mtl.tasks import dual
 
 pytestmark = pytest.mark.claim
@@ -116,7 +118,10 @@ def _widened(federation, capacity):
 
 def _rows(federation):
     """The rows of each client."""
-    return [np.asarray(own[:size]) for own, size in zip(federation.indices, federation.sizes, strict=True)]
+    return [
+        np.asarray(own[:size])
+        for own, size in zip(federation.indices, federation.sizes, strict=True)
+    ]
 
 
 def describe(results):
@@ -135,7 +140,7 @@ def assert_clearly_below(lower, higher):
 
 def learned(ridge):
     def factory(loss, **settings):
-        relation = relationships.task_relationship(ridge)
+        relation = covariance.task_relationship(ridge)
         return mocha(loss, relationship=relation, relationship_every=100, passes=0.5, **settings)
 
     return factory
@@ -173,9 +178,14 @@ def test_landmine_as_released():
 
     def alternation(fidelity):
         def factory(loss, **settings):
-            relation = relationships.task_relationship()
+            relation = covariance.task_relationship()
             return mocha(
-                loss, relationship=relation, relationship_every=100, passes=0.5, fidelity=fidelity, **settings
+                loss,
+                relationship=relation,
+                relationship_every=100,
+                passes=0.5,
+                fidelity=fidelity,
+                **settings,
             )
 
         return runner(factory, 999, penalties=penalties)
@@ -206,9 +216,14 @@ def test_landmine_with_few_examples():
 
     def coupled(coupling):
         def factory(loss, penalty, **settings):
-            relation = relationships.mean_regularised(1.0, coupling, penalty / 2)
+            relation = covariance.mean_regularised(1.0, coupling, penalty / 2)
             return mocha(
-                loss, relationship=relation, penalty=1.0, sigma_prime="eigenvalue", passes=3, **settings
+                loss,
+                relationship=relation,
+                penalty=1.0,
+                sigma_prime="eigenvalue",
+                passes=3,
+                **settings,
             )
 
         return runner(factory, 30, dual.logistic, ridges)
@@ -225,7 +240,9 @@ def test_landmine_with_few_examples():
         train = _packed(splits.train, _rows(splits.train))
         key = jax.random.key(shuffle)
         for name, runs in candidates.items():
-            scores = [sum(log_losses(run(part, key), held) for part, held in folds(train)) for run in runs]
+            scores = [
+                sum(log_losses(run(part, key), held) for part, held in folds(train)) for run in runs
+            ]
             which, penalty = np.unravel_index(np.argmin(scores), np.shape(scores))
             weights = runs[which](train, key)[penalty]
             misranked[name].append(1 - mean_auc(weights, splits.test))
@@ -241,7 +258,9 @@ def log_losses(weights, federation):
     labels = federation.examples["labels"][federation.indices]
     real = jnp.arange(federation.capacity) < federation.sizes[:, None]
     losses = dual.logistic().loss(jnp.einsum("tcf,ptf->ptc", inputs, weights), labels)
-    return np.asarray(jnp.mean(jnp.sum(jnp.where(real, losses, 0), axis=2) / federation.sizes, axis=1))
+    return np.asarray(
+        jnp.mean(jnp.sum(jnp.where(real, losses, 0), axis=2) / federation.sizes, axis=1)
+    )
 
 
 def mean_auc(weights, federation):
@@ -256,22 +275,27 @@ def mean_auc(weights, federation):
 
 def rounds_to(primal, optimum, targets):
     return [
-        int(np.argmax(primal - optimum <= t)) + 1 if (primal - optimum <= t).any() else None for t in targets
+        int(np.argmax(primal - optimum <= t)) + 1 if (primal - optimum <= t).any() else None
+        for t in targets
     ]
 
 
-def rounds_under_drops(train, settings, relation, probabilities, num_rounds, targets, seeds=range(5)):
+def rounds_under_drops(
+    train, settings, relation, probabilities, num_rounds, targets, seeds=range(5)
+):
     """Mean rounds to each sub-optimality, ``[probabilities, targets]``."""
     algorithm = mocha(dual.hinge(), relationship=relation, **settings)
-    exact = mocha(dual.hinge(), relationship=relation, sigma_prime="eigenvalue", passes=5, **settings)
+    exact = mocha(
+        dual.hinge(), relationship=relation, sigma_prime="eigenvalue", passes=5, **settings
+    )
     optimum = simulate(exact, train, num_rounds=1500).metrics["dual"][0, -1]
     table = []
     for probability in probabilities:
         sampler = sampling.dropping(sampling.full_participation(), probability)
         primal = np.asarray(
-            simulate(algorithm, train, num_rounds=num_rounds, seeds=tuple(seeds), sampler=sampler).metrics[
-                "primal"
-            ]
+            simulate(
+                algorithm, train, num_rounds=num_rounds, seeds=tuple(seeds), sampler=sampler
+            ).metrics["primal"]
         )
         table.append(np.mean([rounds_to(own, optimum, targets) for own in primal], axis=0))
     return np.array(table)
@@ -291,9 +315,11 @@ def test_drops_cost_rounds_in_proportion():
     """About 1 / (1 - p) times the rounds, for every target, on synthetic tasks."""
     table = related_tasks(num_tasks=20, features=10, smallest=20, largest=60, seed=1)
     train = split_tasks(table).train
-    relation = relationships.mean_regularised(1e-2, 0.02, 0.02)
+    relation = covariance.mean_regularised(1e-2, 0.02, 0.02)
     probabilities = (0.0, 0.25, 0.5, 0.75)
-    rounds = rounds_under_drops(train, settings_of(train, 1e-2), relation, probabilities, 2500, (0.1, 0.01))
+    rounds = rounds_under_drops(
+        train, settings_of(train, 1e-2), relation, probabilities, 2500, (0.1, 0.01)
+    )
     print(rounds)
     ratios = rounds / rounds[0]
     for ratio, probability in zip(ratios[1:], probabilities[1:], strict=True):
@@ -303,7 +329,7 @@ def test_drops_cost_rounds_in_proportion():
 def test_drops_on_the_toy_data():
     """The table of the reference: 44/129/330, 59/179/433, 90/265/669 and 175/519/1371 rounds to 0.1, 0.01 and 0.001."""
     train, _ = every_fourth_is_test(reference_data("mocha_small"))
-    relation = relationships.mean_regularised(1e-3, 0.01, 0.0045)
+    relation = covariance.mean_regularised(1e-3, 0.01, 0.0045)
     rounds = rounds_under_drops(
         train, settings_of(train, 1e-3), relation, (0.0, 0.25, 0.5, 0.75), 2000, (0.1, 0.01, 0.001)
     )
@@ -319,8 +345,10 @@ def test_ahead_in_time_under_stragglers():
         table = related_tasks(num_tasks=20, features=10, smallest=10, largest=300, seed=seed)
         train = split_tasks(table, seed=seed).train
         settings = settings_of(train, 1e-2)
-        relation = relationships.mean_regularised(1e-2, 0.02, 0.02)
-        exact = mocha(dual.hinge(), relationship=relation, sigma_prime="eigenvalue", passes=5, **settings)
+        relation = covariance.mean_regularised(1e-2, 0.02, 0.02)
+        exact = mocha(
+            dual.hinge(), relationship=relation, sigma_prime="eigenvalue", passes=5, **settings
+        )
         optimum = float(simulate(exact, train, num_rounds=500).metrics["dual"][0, -1])
         methods = {
             "mocha": (mocha, {}, 400),
@@ -329,16 +357,24 @@ def test_ahead_in_time_under_stragglers():
             "minibatch_sgd": (minibatch_sgd, {"scaling": 1.0}, 1500),
         }
         # Every node manages 10 to 100 % of a pass a round; CoCoA has to reach its theta all the same.
-        slow = sampling.straggling(sampling.full_participation(), sampling.fraction_of_data(0.1, 1.0))
+        slow = sampling.straggling(
+            sampling.full_participation(), sampling.fraction_of_data(0.1, 1.0)
+        )
         for name, (factory, changes, num_rounds) in methods.items():
             algorithm = factory(dual.hinge(), relationship=relation, **settings, **changes)
-            metrics = simulate(algorithm, train, num_rounds=num_rounds, sampler=slow, seeds=(seed,)).metrics
+            metrics = simulate(
+                algorithm, train, num_rounds=num_rounds, sampler=slow, seeds=(seed,)
+            ).metrics
             primal, slowest = (np.asarray(metrics[k][0]) for k in ("primal", "slowest_steps"))
             reached = primal - optimum <= 0.1
             per_network = []
             for network in costs.NETWORKS:
                 one = costs.estimated_round_time(
-                    name, steps=float(train.sizes.sum()), slowest=slowest, num_tasks=20, network=network
+                    name,
+                    steps=float(train.sizes.sum()),
+                    slowest=slowest,
+                    num_tasks=20,
+                    network=network,
                 )
                 clock = np.cumsum(np.broadcast_to(one, primal.shape))
                 per_network.append(clock[np.argmax(reached)] if reached.any() else np.inf)
@@ -346,4 +382,6 @@ def test_ahead_in_time_under_stragglers():
     times = {name: np.array(values) for name, values in times.items()}
     print({name: np.median(values, axis=0) for name, values in times.items()})
     for other in ("cocoa", "minibatch_sdca", "minibatch_sgd"):
-        assert (times["mocha"] < times[other]).all(), {n: np.median(v, axis=0) for n, v in times.items()}
+        assert (times["mocha"] < times[other]).all(), {
+            n: np.median(v, axis=0) for n, v in times.items()
+        }

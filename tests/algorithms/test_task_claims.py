@@ -9,7 +9,6 @@ import pytest
 from fedjax_mtl import (
     Group,
     algorithms,
-    batching,
     data,
     evaluate_clients,
     evaluate_population,
@@ -17,12 +16,11 @@ from fedjax_mtl import (
     local_trainer,
     make_execution,
     models,
-    sampling,
     server,
     simulate,
     tasks,
-    trees,
 )
+from fedjax_mtl.core import batching, sampling, trees
 
 pytestmark = pytest.mark.claim
 VMAP = make_execution("vmap")

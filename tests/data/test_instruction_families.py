@@ -36,7 +36,9 @@ def answer(instruction: str, context: str) -> str:
 def test_answers():
     for item in DEFAULT.instructions:
         assert item.response == answer(item.instruction, item.context) != ""
-    asked = {item.instruction for item in DEFAULT.instructions if item.category == "first_or_last_word"}
+    asked = {
+        item.instruction for item in DEFAULT.instructions if item.category == "first_or_last_word"
+    }
     assert asked == {"first", "last"}
     assert len({(item.instruction, item.category) for item in DEFAULT.instructions}) == 9
 

@@ -40,9 +40,18 @@ def test_dolly(tmp_path):
     [
         ('{"instruction": ', r"d\.jsonl, line 2: not valid JSON .*expected the file databricks"),
         ("[1]", r"d\.jsonl, line 2: no JSON object"),
-        (json.dumps({**RECORD, "response": " \n"}), r"d\.jsonl, line 2: the response is empty; remove"),
-        (json.dumps({**RECORD, "context": None}), r"d\.jsonl, line 2: field 'context' is missing or no text"),
-        (json.dumps({k: v for k, v in RECORD.items() if k != "category"}), "line 2: field 'category'"),
+        (
+            json.dumps({**RECORD, "response": " \n"}),
+            r"d\.jsonl, line 2: the response is empty; remove",
+        ),
+        (
+            json.dumps({**RECORD, "context": None}),
+            r"d\.jsonl, line 2: field 'context' is missing or no text",
+        ),
+        (
+            json.dumps({k: v for k, v in RECORD.items() if k != "category"}),
+            "line 2: field 'category'",
+        ),
     ],
 )
 def test_dolly_refuses(second_line, message, tmp_path):
@@ -69,7 +78,9 @@ def test_dolly_missing_empty_or_binary(tmp_path):
 
 def write_task(directory, name, count, long=0, blank=0):
     """A task with ``count`` proper instances, ``long`` ones whose input has 1024 characters, and ``blank`` without answer."""
-    inputs = [f"{name} {number}" for number in range(count)] + ["x" * 1024] * long + ["blank"] * blank
+    inputs = (
+        [f"{name} {number}" for number in range(count)] + ["x" * 1024] * long + ["blank"] * blank
+    )
     outputs = [["yes", "no"]] * (count + long) + [[" "]] * blank
     instances = [
         {"id": f"{name}-{i}", "input": given, "output": output}
@@ -115,7 +126,9 @@ def test_natural_instructions_walks_the_given_list(tasks_directory):
 
 def test_natural_instructions_refuses(tasks_directory):
     load = data.load_natural_instructions
-    with pytest.raises(ValueError, match="only 3 tasks have at least 20 .* num_tasks is 80; lower num_tasks"):
+    with pytest.raises(
+        ValueError, match="only 3 tasks have at least 20 .* num_tasks is 80; lower num_tasks"
+    ):
         load(tasks_directory)
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere.*natural-instructions"):
         load(tasks_directory / "nowhere")
@@ -173,7 +186,9 @@ def save_tokenizer(directory, end="</s>", start=False, padding=False):
     tokenizer.enable_truncation(2)
     if start:
         special = [("<s>", 2), (end, 1)]
-        tokenizer.post_processor = processors.TemplateProcessing(f"<s> $A {end}", special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            f"<s> $A {end}", special_tokens=special
+        )
     if padding:
         tokenizer.enable_padding(pad_id=0, pad_token="<unk>", length=5)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -215,7 +230,9 @@ def test_end_token_of_the_settings(name, content, tmp_path):
 
 
 def test_tokenizer_missing_or_broken(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*tokenizer\.json.*nothing is downloaded"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file .*tokenizer\.json.*nothing is downloaded"
+    ):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer"):
@@ -247,12 +264,25 @@ def test_masks(items, template):
     length = 320
     examples = data.encode(items, BYTES, length, template)
     prompts, lengths = data.encode_prompts(items, BYTES, length, template)
-    assert examples["inputs"].shape == examples["labels"].shape == prompts.shape == (len(items), length)
-    assert examples["inputs"].dtype == examples["labels"].dtype == prompts.dtype == lengths.dtype == np.int32
+    assert (
+        examples["inputs"].shape
+        == examples["labels"].shape
+        == prompts.shape
+        == (len(items), length)
+    )
+    assert (
+        examples["inputs"].dtype
+        == examples["labels"].dtype
+        == prompts.dtype
+        == lengths.dtype
+        == np.int32
+    )
     for item, inputs, labels, prompt, size in zip(
         items, examples["inputs"], examples["labels"], prompts, lengths, strict=True
     ):
-        assert BYTES.decode(prompt[:size]) == data.format_prompt(item.instruction, item.context, template)
+        assert BYTES.decode(prompt[:size]) == data.format_prompt(
+            item.instruction, item.context, template
+        )
         assert (prompt[size:] == BYTES.padding_token).all()
         counted = labels != IGNORED
         # What counts is the answer and its end, in one piece right after the prompt.
@@ -279,7 +309,9 @@ def test_long_prompts_lose_the_beginning_of_their_context(item, room):
         return
     prompts, lengths = data.encode_prompts([item], BYTES, room, "short")
     text = BYTES.decode(prompts[0, : lengths[0]])
-    shortened = [data.format_prompt(item.instruction, item.context[cut:], "short") for cut in range(21)]
+    shortened = [
+        data.format_prompt(item.instruction, item.context[cut:], "short") for cut in range(21)
+    ]
     assert text == next(prompt for prompt in shortened if len(BYTES.encode(prompt)) <= room)
     # An answer that does not fit beside the bare prompt loses its end, but never its beginning.
     examples = data.encode([item], BYTES, room, "short")
@@ -287,7 +319,9 @@ def test_long_prompts_lose_the_beginning_of_their_context(item, room):
     counted = examples["labels"][examples["labels"] != IGNORED]
     assert counted.tolist() == answer[: room + 1 - bare]
     # The context keeps all that fits beside the answer, whose last token is only predicted.
-    fitting = [prompt for prompt in shortened if len(BYTES.encode(prompt)) + len(answer) <= room + 1]
+    fitting = [
+        prompt for prompt in shortened if len(BYTES.encode(prompt)) + len(answer) <= room + 1
+    ]
     start = BYTES.encode(fitting[0] if fitting else shortened[-1])
     assert examples["inputs"][0, : len(start)].tolist() == start
 
@@ -324,7 +358,9 @@ def test_one_task_a_client_and_the_federation():
     assert sorted(clients.categories) == ["t1", "t2"]
     examples = data.encode(items, BYTES, 16, "short")
     splits = data.federate(examples, clients)
-    assert sorted(splits.train.sizes.tolist()) == [8, 16] and sorted(splits.test.sizes.tolist()) == [2, 4]
+    assert sorted(splits.train.sizes.tolist()) == [8, 16] and sorted(
+        splits.test.sizes.tolist()
+    ) == [2, 4]
     assert splits.test.examples["labels"] is splits.train.examples["labels"]
     np.testing.assert_array_equal(splits.test.indices[0][: len(clients.test[0])], clients.test[0])
 

@@ -21,7 +21,11 @@ def test_shapes_and_sizes():
     splits = DEFAULT.splits
     assert splits.train.num_clients == splits.test.num_clients == 16
     assert splits.train.sizes.tolist() == [8] * 16 and splits.test.sizes.tolist() == [128] * 16
-    assert splits.train.examples["inputs"].shape == splits.train.examples["labels"].shape == (16 * 136, 12)
+    assert (
+        splits.train.examples["inputs"].shape
+        == splits.train.examples["labels"].shape
+        == (16 * 136, 12)
+    )
     assert splits.train.examples["inputs"] is splits.test.examples["inputs"]
     assert {str(leaf.dtype) for leaf in splits.train.examples.values()} == {"int32"}
     assert DEFAULT.groups.tolist() == [group for group in range(4) for _ in range(4)]

@@ -34,7 +34,9 @@ def test_dirichlet_limits():
     counts = np.stack([np.bincount(LABELS[own], minlength=10) for own in even])
     np.testing.assert_allclose(counts, 12, atol=9)
     skewed = data.dirichlet_labels(LABELS, 5, 1e-3, rng())
-    assert all(np.isin(np.bincount(LABELS[own], minlength=10), (0, 60)).mean() > 0.9 for own in skewed)
+    assert all(
+        np.isin(np.bincount(LABELS[own], minlength=10), (0, 60)).mean() > 0.9 for own in skewed
+    )
     # Labels of one group go together.
     grouped = data.dirichlet_labels(LABELS, 4, 0.01, rng(), num_groups=2)
     assert any(len(np.unique(LABELS[own])) >= 5 for own in grouped)
@@ -109,7 +111,10 @@ def test_digits_are_real():
 
 
 BAD = {
-    "more clients than examples": (lambda: data.iid(3, 5, rng()), "cannot split 3 examples over 5 clients"),
+    "more clients than examples": (
+        lambda: data.iid(3, 5, rng()),
+        "cannot split 3 examples over 5 clients",
+    ),
     "no client": (lambda: data.iid(3, 0, rng()), "over 0 clients"),
     "alpha": (
         lambda: data.dirichlet_labels(LABELS, 5, 0.0, rng()),
@@ -173,7 +178,9 @@ def test_the_synthetic_generator_makes_the_papers_sizes():
 
 def test_fidelities_of_the_synthetic_generator():
     paper = data.synthetic_mixture(num_clients=20, num_test=200, dimension=20, seed=3)
-    released = data.synthetic_mixture(num_clients=20, num_test=200, dimension=20, seed=3, fidelity="released")
+    released = data.synthetic_mixture(
+        num_clients=20, num_test=200, dimension=20, seed=3, fidelity="released"
+    )
     examples, others = paper.splits.train.examples, released.splits.train.examples
     np.testing.assert_array_equal(examples["inputs"], others["inputs"])
     assert abs(np.mean(np.array(examples["labels"])) - 0.5) < 0.03  # balanced, by symmetry

@@ -117,7 +117,9 @@ def test_curvature_of_capsules_and_cylinders():
     seen = cylinder.index == 0
     flat = seen & (cylinder.normals[..., 1] < -0.99)
     assert flat.sum() > 5 and not cylinder.curvature[flat].any()
-    np.testing.assert_allclose(cylinder.curvature[seen & ~flat], [[1 / 0.6, 0]] * (seen & ~flat).sum())
+    np.testing.assert_allclose(
+        cylinder.curvature[seen & ~flat], [[1 / 0.6, 0]] * (seen & ~flat).sum()
+    )
 
 
 def test_the_nearer_shape_wins():
@@ -154,7 +156,9 @@ def test_the_same_arguments_give_the_same_bytes(domain):
     for index in (5, 0, 1):
         again = draw(index, extras=True)
         assert first[index].keys() == again.keys()
-        assert all(values.tobytes() == again[name].tobytes() for name, values in first[index].items())
+        assert all(
+            values.tobytes() == again[name].tobytes() for name, values in first[index].items()
+        )
     # Extras change nothing else, and everything in the key changes the image.
     image = draw(0)["image"]
     np.testing.assert_array_equal(image, first[0]["image"])
@@ -174,7 +178,9 @@ def test_keys_shapes_and_types(domain, size):
         assert sample[name].shape == (height, width, count) and sample[name].dtype == np.float32
         assert np.isfinite(sample[name]).all()
     np.testing.assert_array_equal(sample["meta"], [0, "AB".index(domain), 1, 3, height, width])
-    assert 0 <= sample["image"].min() and sample["image"].max() <= 255 and sample["image"].std() > 10
+    assert (
+        0 <= sample["image"].min() and sample["image"].max() <= 255 and sample["image"].std() > 10
+    )
 
 
 def test_the_scene_does_not_depend_on_the_size():
@@ -225,7 +231,9 @@ def test_normals_are_unit_and_face_the_camera(samples):
             length = np.linalg.norm(sample["normals"], axis=-1)
             valid = length > 0
             np.testing.assert_allclose(length[valid], 1, atol=1e-5)
-            assert (np.einsum("hwc,hwc->hw", sample["normals"], rays_of(domain, sample)) <= 1e-5).all()
+            assert (
+                np.einsum("hwc,hwc->hw", sample["normals"], rays_of(domain, sample)) <= 1e-5
+            ).all()
             if domain == "A":
                 assert valid.all()
             else:
@@ -241,7 +249,9 @@ def spreads_over_walls(sample, depth):
     directions = np.round(sample["normals"][wall], 3)
     for normal in np.unique(directions, axis=0):
         own = (directions == normal).all(axis=-1)
-        values = np.einsum("nc,nc->n", sample["normals"][wall], rays[wall] * depth[wall][:, None])[own]
+        values = np.einsum("nc,nc->n", sample["normals"][wall], rays[wall] * depth[wall][:, None])[
+            own
+        ]
         if len(values) > 20:
             found.append((np.ptp(values), normal))
     return found
@@ -252,7 +262,9 @@ def test_planes_are_planar_and_stay_so_when_flipped(samples):
     for sample in samples["A"][:60]:
         flipped = rendered.horizontal_flip(sample)
         for made in (sample, flipped):
-            assert all(spread < 1e-4 for spread, _ in spreads_over_walls(made, look_up(made, "depth")))
+            assert all(
+                spread < 1e-4 for spread, _ in spreads_over_walls(made, look_up(made, "depth"))
+            )
         # Without the sign change of the x-component the flipped walls are not planar.
         wrong = flipped | {"normals": sample["normals"][:, ::-1]}
         for spread, normal in spreads_over_walls(wrong, look_up(wrong, "depth")):
@@ -328,7 +340,9 @@ def test_edges_separate_the_classes(samples):
 def test_every_class_occurs(samples):
     for domain, made in samples.items():
         number = rendered.NUM_SEMSEG[domain]
-        present = np.array([[(s["semseg"] == label).any() for label in range(number)] for s in made])
+        present = np.array(
+            [[(s["semseg"] == label).any() for label in range(number)] for s in made]
+        )
         assert (present.mean(axis=0) >= 0.03).all()
         labels = np.unique([sample["semseg"] for sample in made])
         assert set(labels) - {rendered.IGNORE} == set(range(number))
@@ -350,7 +364,9 @@ def test_persons_and_their_parts(samples):
         else:
             assert (processed == rendered.IGNORE).all()
     assert 0.3 < with_person / COUNT < 0.5
-    parts = np.mean([[(s["human_parts"] == part).any() for part in range(7)] for s in samples["B"]], axis=0)
+    parts = np.mean(
+        [[(s["human_parts"] == part).any() for part in range(7)] for s in samples["B"]], axis=0
+    )
     assert (parts > 0.2).all()
 
 
@@ -358,7 +374,9 @@ def test_saliency_marks_one_object(samples):
     for sample in samples["B"]:
         marked = sample["sal"] == 1
         assert marked.any() and set(np.unique(sample["sal"])) <= {0, 1}
-        assert len(np.unique(sample["semseg"][marked])) == 1 and (sample["semseg"][marked] > 0).all()
+        assert (
+            len(np.unique(sample["semseg"][marked])) == 1 and (sample["semseg"][marked] > 0).all()
+        )
 
 
 def test_preprocessed_normals(samples):
@@ -411,7 +429,9 @@ def test_occlusion_edges_are_jumps_of_depth(with_extras):
         marked = look_up(sample, "edge_occlusion") == 1
         log_depth = np.log(np.minimum(view.hits.depth, 1e9))
         padded = np.pad(log_depth, ((0, 1), (0, 1)), mode="edge")
-        jump = np.maximum(np.abs(np.diff(padded, axis=0))[:, :-1], np.abs(np.diff(padded, axis=1))[:-1])
+        jump = np.maximum(
+            np.abs(np.diff(padded, axis=0))[:, :-1], np.abs(np.diff(padded, axis=1))[:-1]
+        )
         assert (jump[marked] > 0.05).all()
         # Towards the horizon the ground itself recedes as quickly, which is no occlusion.
         assert marked[(jump > 1) & ray_casting.differs(view.hits.index)].all()

@@ -6,7 +6,9 @@ import optax
 import pytest
 
 from experiments.problems import task_sets
-from fedjax_mtl import batching, clients, federation, models, tasks
+from fedjax_mtl import models, tasks
+from fedjax_mtl.clients import training
+from fedjax_mtl.core import batching, federation
 from fedjax_mtl.data import rendered, scenes
 
 FIELDS = {
@@ -53,16 +55,22 @@ def test_a_population_of_scenes(folder):
     assert all(sizes[f"A_{t}"] == 10 for t in FIELDS["tasks_a"])
     assert all(sizes[f"B_{t}"] == 15 for t in FIELDS["tasks_b"])
     assert set(problem.splits.train["A_depth"].examples["labels"]) == {"depth"}
-    owned = np.concatenate([np.asarray(problem.splits.train[f"A_{t}"].indices[0]) for t in FIELDS["tasks_a"]])
+    owned = np.concatenate(
+        [np.asarray(problem.splits.train[f"A_{t}"].indices[0]) for t in FIELDS["tasks_a"]]
+    )
     assert len(set(owned.tolist())) == 40  # disjoint, and together everything
-    joint = task_sets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "clients_per_group": 4})
+    joint = task_sets.scenes(
+        data_dir=folder, **{**FIELDS, "single_task": False, "clients_per_group": 4}
+    )
     assert joint.splits.train["A"].num_clients == 4 and joint.outputs["B"]["human_parts"] == 7
 
 
 @pytest.mark.claim
 def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
     """The labels can be learned from the images, all together by one encoder."""
-    problem = task_sets.scenes(data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)})
+    problem = task_sets.scenes(
+        data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)}
+    )
     own = problem.splits.train["A"]
     model = models.multi_decoder(problem.input_shape, problem.outputs["A"], "tiny")
     task = problem.tasks["A"]
@@ -81,9 +89,9 @@ def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
     @jax.jit
     def overfit(key):
         params = model.init(key)
-        before = clients.local_losses(losses, params, view)
-        trained = clients.train(
-            clients.loss_gradient(losses),
+        before = training.local_losses(losses, params, view)
+        trained = training.train(
+            training.loss_gradient(losses),
             optimizer,
             batching.steps(250, None),
             params,
@@ -94,11 +102,13 @@ def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
         outputs = model.apply(trained.params, own.examples["inputs"][view.rows], None)
         labels = jax.tree.map(lambda x: x[view.rows], own.examples["labels"])
         finals = {
-            name: metric.finish(jax.tree.map(lambda x: x.sum(0), metric.statistics(outputs, labels)))
+            name: metric.finish(
+                jax.tree.map(lambda x: x.sum(0), metric.statistics(outputs, labels))
+            )
             for name, metric in task.metrics.items()
             if isinstance(metric, tasks.PooledMetric)
         }
-        return before, clients.local_losses(losses, trained.params, view), finals
+        return before, training.local_losses(losses, trained.params, view), finals
 
     before, after, finals = overfit(jax.random.key(0))
     assert after.mean() < 0.35 * before.mean()
@@ -108,11 +118,15 @@ def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
 
 
 def test_bad_arguments(folder):
-    with pytest.raises(ValueError, match="unknown domain 'C' of rendered scenes; expected one of A, B"):
+    with pytest.raises(
+        ValueError, match="unknown domain 'C' of rendered scenes; expected one of A, B"
+    ):
         scenes.load_scenes("C", data_dir=folder)
     with pytest.raises(ValueError, match="unknown size 'huge'"):
         scenes.load_scenes("A", size="huge", data_dir=folder)
-    with pytest.raises(ValueError, match="unknown task 'sal' in config.data.tasks_a; expected one of semseg"):
+    with pytest.raises(
+        ValueError, match="unknown task 'sal' in config.data.tasks_a; expected one of semseg"
+    ):
         task_sets.scenes(data_dir=folder, **{**FIELDS, "tasks_a": ("sal",)})
     with pytest.raises(ValueError, match="train_fraction is 0"):
         task_sets.scenes(data_dir=folder, **{**FIELDS, "train_fraction": 0})

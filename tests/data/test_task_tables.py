@@ -109,7 +109,9 @@ def test_skewed_tasks_keep_both_classes():
     smaller = np.asarray(skewed.train.sizes) < 0.25 * np.asarray(plain.train.sizes)
     assert smaller.sum() == 5 and skewed.train.sizes.min() >= 3
     labels = np.asarray(skewed.train.examples["labels"])
-    for own, size in zip(np.asarray(skewed.train.indices), np.asarray(skewed.train.sizes), strict=True):
+    for own, size in zip(
+        np.asarray(skewed.train.indices), np.asarray(skewed.train.sizes), strict=True
+    ):
         assert len(set(labels[own[:size]])) == 2
 
 
@@ -170,7 +172,9 @@ def test_intercept():
 
 def test_fourier_features_approach_the_kernel():
     splits, inputs, _ = small_splits()
-    mapped = features.random_fourier(splits, num_features=20000, bandwidth=4.0, key=jax.random.key(0))
+    mapped = features.random_fourier(
+        splits, num_features=20000, bandwidth=4.0, key=jax.random.key(0)
+    )
     z = np.asarray(mapped.train.examples["inputs"], np.float64)
     distances = np.square(inputs[:, None] - inputs).sum(-1)
     np.testing.assert_allclose(z @ z.T, np.exp(-distances / 32), atol=0.05)

@@ -121,7 +121,9 @@ def test_order_is_kept_across_several_files(tmp_path, offline):
     import tensorflow_datasets as tfds
 
     images, labels = write_archive("cifar10", offline / archive_name("cifar10"))
-    builder = tfds_sets._builder_class("cifar10")(data_dir=str(tmp_path / "data"), file_format="array_record")
+    builder = tfds_sets._builder_class("cifar10")(
+        data_dir=str(tmp_path / "data"), file_format="array_record"
+    )
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=3))
     directory = tfds_sets.find_prepared("cifar10", tmp_path / "data")
     assert len(list(directory.glob("*train*array_record*"))) == 3
@@ -192,7 +194,9 @@ def test_official_array_record_data_are_read_too(relative, tmp_path):
 
     # TFDS shuffles within each part.
     def rows(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
-        return sorted(image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True))
+        return sorted(
+            image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True)
+        )
 
     for part, cut in (("train", slice(NUM_TRAIN)), ("test", slice(NUM_TRAIN, None))):
         assert rows(loaded["inputs"][cut], loaded["labels"][cut]) == rows(*parts[part])

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import comparisons, report
+from experiments import report
+from experiments.outputs import comparisons
 
 
 def row(number, seed, group, **metrics):
@@ -15,7 +16,10 @@ def row(number, seed, group, **metrics):
 REFERENCE = [
     row(10, seed, group, **metrics)
     for seed in (0, 1)
-    for group, metrics in (("a", {"accuracy": 0.5, "loss": 1.0}), ("b", {"d/rmse": 2.0, "d/loss": 1.0}))
+    for group, metrics in (
+        ("a", {"accuracy": 0.5, "loss": 1.0}),
+        ("b", {"d/rmse": 2.0, "d/loss": 1.0}),
+    )
 ]
 
 
@@ -84,7 +88,9 @@ def test_rounds_to_a_target():
         for r, e in enumerate(errors)
     ]
     assert comparisons.rounds_to(rows, "error", 2) == [1, np.inf]
-    assert comparisons.rounds_to([{**r, "accuracy": -r["error"]} for r in rows], "accuracy", -2) == [
+    assert comparisons.rounds_to(
+        [{**r, "accuracy": -r["error"]} for r in rows], "accuracy", -2
+    ) == [
         1,
         np.inf,
     ]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configs import fedem_digits, fedem_synthetic, relational_digits
-from experiments import report, run, sweep, workdir
+from experiments import report, run, sweep
+from experiments.outputs import workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,7 +35,14 @@ def finished(tmp_path_factory):
 def test_a_work_directory_holds_what_is_promised(finished):
     directory, summary = finished
     names = {path.name for path in directory.iterdir()}
-    assert {"config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "events"} <= names
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "checkpoints",
+        "events",
+    } <= names
     assert json.loads((directory / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert list((directory / "events").glob("events.out.tfevents*"))
     rows = list(workdir.read_rows(directory / "metrics.jsonl"))
@@ -69,7 +77,9 @@ def test_starting_a_finished_run_again_changes_nothing(finished):
 def test_a_directory_of_another_config_is_refused(finished):
     directory, _ = finished
     before = (directory / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"different config.*client\.batch_size: 128 there, 16 now"):
+    with pytest.raises(
+        ValueError, match=r"different config.*client\.batch_size: 128 there, 16 now"
+    ):
         run.run(quick(**{"client.batch_size": 16}), directory)
     assert (directory / "metrics.jsonl").read_bytes() == before
 
@@ -94,22 +104,31 @@ def test_a_run_taken_up_from_a_checkpoint_ends_the_same(finished, tmp_path):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"round": 4, "se')  # a torn line
     run.run(quick(), tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (directory / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        directory / "metrics.jsonl"
+    ).read_bytes()
 
 
 def launch(directory, *overrides):
     command = [sys.executable, "-m", "experiments.run", "--config=configs/fedem_synthetic.py:quick"]
     command += [f"--workdir={directory}", "--config.num_rounds=40", "--config.eval_every=1"]
     command += ["--config.checkpoint_every=1", *overrides]
-    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"), JAX_PLATFORMS="cpu")
+    environment = dict(
+        os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"), JAX_PLATFORMS="cpu"
+    )
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def final_state(directory):
     """The bytes of the metrics, and the newest checkpoint's leaves."""
-    from experiments.checkpoints import Checkpoints
+    from experiments.outputs.checkpoints import Checkpoints
 
     config = quick(num_rounds=40, eval_every=1, checkpoint_every=1)
     problem = run.build.make_problem(config)
@@ -209,7 +228,9 @@ def test_a_report_of_an_unfinished_run_says_so(tmp_path):
         report.report([tmp_path], tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", sorted(set(relational_digits.get_config("quick").algorithm) - {"name"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(relational_digits.get_config("quick").algorithm) - {"name"})
+)
 def test_every_algorithm_runs_from_a_config(name, tmp_path):
     config = relational_digits.get_config("quick")
     config.algorithm.name = name

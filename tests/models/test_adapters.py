@@ -10,12 +10,13 @@ import optax
 import pytest
 from helpers import assert_trees_close
 
-from fedjax_mtl import batching, models, tasks, trees
-from fedjax_mtl.clients import loss_gradient
-from fedjax_mtl.decoding import greedy
+from fedjax_mtl import models, tasks
+from fedjax_mtl.clients.central import train_centrally
+from fedjax_mtl.clients.training import loss_gradient
+from fedjax_mtl.core import batching, trees
 from fedjax_mtl.models import adapters
+from fedjax_mtl.models.decoding import greedy
 from fedjax_mtl.models.lora import dense_layers, merge, num_adapter_parameters
-from fedjax_mtl.pretraining import train_centrally
 from fedjax_mtl.tasks import example_losses
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "mira.json").read_text())
@@ -57,7 +58,9 @@ def test_equals_merged_weights():
     params = perturbed(LORA.init(jax.random.key(0)))
     merged = merge(params, rank=4, alpha=8)
     np.testing.assert_allclose(LORA.apply(params, TOKENS), BASE.apply(merged, TOKENS), atol=2e-5)
-    assert float(jnp.abs(LORA.apply(params, TOKENS) - BASE.apply(params["base"], TOKENS)).max()) > 0.05
+    assert (
+        float(jnp.abs(LORA.apply(params, TOKENS) - BASE.apply(params["base"], TOKENS)).max()) > 0.05
+    )
 
 
 def test_any_model_of_dense_layers():
@@ -67,7 +70,9 @@ def test_any_model_of_dense_layers():
     params = perturbed(model.init(jax.random.key(1)))
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6)), jnp.float32)
     merged = merge(params, rank=2)
-    np.testing.assert_allclose(model.apply(params, inputs, None), mlp.apply(merged, inputs, None), atol=1e-5)
+    np.testing.assert_allclose(
+        model.apply(params, inputs, None), mlp.apply(merged, inputs, None), atol=1e-5
+    )
     assert set(dense_layers(mlp)) == {("decoder",), ("encoder", "Dense_0"), ("encoder", "Dense_1")}
 
 
@@ -84,7 +89,9 @@ def test_gradient_is_of_adapters_alone():
         return jnp.mean(task.loss(BASE.apply(base, TOKENS), labels))
 
     ours = jax.grad(loss)(params["adapters"])["blocks_0"]["mlp"]["up"]
-    kernel = jax.grad(merged_loss)(merge(params, rank=4, alpha=8))["blocks_0"]["mlp"]["up"]["kernel"]
+    kernel = jax.grad(merged_loss)(merge(params, rank=4, alpha=8))["blocks_0"]["mlp"]["up"][
+        "kernel"
+    ]
     pair = params["adapters"]["blocks_0"]["mlp"]["up"]
     np.testing.assert_allclose(ours["a"], 2 * kernel @ pair["b"].T, atol=1e-5)
     np.testing.assert_allclose(ours["b"], 2 * pair["a"].T @ kernel, atol=1e-5)
@@ -106,7 +113,9 @@ def test_dropout_only_in_training():
 
 def test_vmapped_clients_share_one_base():
     """The compiled program has no array of clients x base weights."""
-    wide = models.language_model(models.tiny_transformer(12, width=64, mlp_width=256, max_length=16))
+    wide = models.language_model(
+        models.tiny_transformer(12, width=64, mlp_width=256, max_length=16)
+    )
     model = models.lora(wide, targets=TARGETS, rank=2)
     params = model.init(jax.random.key(0))
     clients = 16
@@ -158,8 +167,12 @@ def test_base_weights_from_elsewhere():
     seeds = jax.tree.map(lambda x: jnp.stack([x, x]), params)
     loaded = adapters.load_base(seeds, other)["base"]
     assert_trees_close(jax.tree.map(lambda x: x[1], loaded), other)
-    wrong = models.language_model(models.tiny_transformer(13, max_length=24)).init(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"token_embedding/embedding has shape \(13, 32\) in the weights"):
+    wrong = models.language_model(models.tiny_transformer(13, max_length=24)).init(
+        jax.random.key(0)
+    )
+    with pytest.raises(
+        ValueError, match=r"token_embedding/embedding has shape \(13, 32\) in the weights"
+    ):
         adapters.load_base(params, wrong)
     with pytest.raises(ValueError, match="missing from the weights"):
         adapters.load_base(params, {k: v for k, v in other.items() if k != "final_norm"})
@@ -184,12 +197,16 @@ def test_prompt_changes_outputs_and_gets_gradients():
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("make", [prompted, lambda: (LORA, perturbed(LORA.init(jax.random.key(0))))])
+@pytest.mark.parametrize(
+    "make", [prompted, lambda: (LORA, perturbed(LORA.init(jax.random.key(0))))]
+)
 def test_cached_decoding_equals_recomputing(make):
     model, params = make()
     lengths = jnp.array([4, 7, 2])
     prompts = jnp.where(jnp.arange(8) < lengths[:, None], TOKENS[:, :8], 0)
-    answers = jax.jit(lambda p: greedy(model, p, prompts, lengths, max_new_tokens=6, end_token=-1))(params)
+    answers = jax.jit(lambda p: greedy(model, p, prompts, lengths, max_new_tokens=6, end_token=-1))(
+        params
+    )
     whole = jax.jit(model.apply)
     for row in range(3):
         tokens = np.zeros((1, 13), int)

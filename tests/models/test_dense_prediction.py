@@ -54,7 +54,9 @@ def test_a_task_trains_only_its_decoder():
     model = dp.multi_decoder((16, 16, 3), {"depth": 1, "edge": 1}, "tiny")
     params = jax.jit(model.init)(KEY)
     images = jax.random.normal(KEY, (1, 16, 16, 3))
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, images, None)["depth"] ** 2)))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, images, None)["depth"] ** 2)))(
+        params
+    )
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient["decoders"]["edge"]))
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient["encoder"]))
 
@@ -66,7 +68,9 @@ def test_golden_operations():
             ours = dp.pool_channels(jnp.asarray(given["inputs"]["channels"]), int(bins))
             np.testing.assert_allclose(ours, expected, rtol=1e-9)
         given = GOLDEN["pixel_norm"]
-        np.testing.assert_allclose(dp.pixel_norm(jnp.asarray(given["inputs"])), given["output"], rtol=1e-8)
+        np.testing.assert_allclose(
+            dp.pixel_norm(jnp.asarray(given["inputs"])), given["output"], rtol=1e-8
+        )
         given = GOLDEN["bilinear_upsample_x2_align_corners"]
         ours = dp.resize_bilinear(jnp.asarray(given["inputs"])[None, ..., None], 4, 4)
         np.testing.assert_allclose(ours[0, ..., 0], given["output"], rtol=1e-7)
@@ -88,7 +92,9 @@ def test_conditioned_block_golden():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="unknown size 'huge' of a dense model; expected one of tiny, small"):
+    with pytest.raises(
+        ValueError, match="unknown size 'huge' of a dense model; expected one of tiny, small"
+    ):
         models.multi_decoder((32, 32, 3), {"depth": 1}, "huge")
     with pytest.raises(ValueError, match="task 'sal' has no block"):
         models.task_conditioned((32, 32, 3), {"sal": 2}, "tiny", ("depth",))

@@ -39,7 +39,9 @@ def test_patch_convolution_with_weights_of_its_own_for_every_client():
     ours, theirs = PatchConv(4, (3, 3)), nn.Conv(4, (3, 3))
     params = jax.vmap(lambda k, x: theirs.init(k, x))(jax.random.split(KEY, 3), x)
     per_client = [theirs.apply(jax.tree.map(lambda p, c=c: p[c], params), x[c]) for c in range(3)]
-    np.testing.assert_allclose(jax.vmap(ours.apply)(params, x), jnp.stack(per_client), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(ours.apply)(params, x), jnp.stack(per_client), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (6, 3), (9, 8), (11, 7)])
@@ -55,9 +57,9 @@ def test_minimal_filtering_is_the_convolution(shape):
             )
 
         def value(convolve):
-            return jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(convolve(*args))), argnums=(0, 1))(
-                x, kernel
-            )
+            return jax.value_and_grad(
+                lambda *args: jnp.sum(jnp.sin(convolve(*args))), argnums=(0, 1)
+            )(x, kernel)
 
         np.testing.assert_allclose(
             jax.jit(minimal_filtering)(x, kernel), direct(x, kernel), rtol=1e-11, atol=1e-12
@@ -74,14 +76,16 @@ def test_wide_convolutions_filter_minimally(channels, products, padding):
     params = jax.vmap(theirs.init)(jax.random.split(KEY, 3), x)
 
     def value(module):
-        return jax.jit(jax.vmap(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x))))))(
-            params, x
-        )
+        return jax.jit(
+            jax.vmap(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x)))))
+        )(params, x)
 
     assert_trees_close(value(ours), value(theirs), rtol=1e-4, atol=2e-5)
     if jax.default_backend() == "cpu":
         assert (
-            str(jax.make_jaxpr(ours.apply)(jax.tree.map(lambda p: p[0], params), x[0])).count("dot_general")
+            str(jax.make_jaxpr(ours.apply)(jax.tree.map(lambda p: p[0], params), x[0])).count(
+                "dot_general"
+            )
             == products
         )
 

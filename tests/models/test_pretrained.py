@@ -18,8 +18,13 @@ import pytest
 import safetensors.numpy
 from helpers import assert_trees_close
 
-from fedjax_mtl import decoding, models
-from fedjax_mtl.models.pretrained import from_hugging_face_config, load_safetensors, save_safetensors
+from fedjax_mtl import models
+from fedjax_mtl.models import decoding
+from fedjax_mtl.models.pretrained import (
+    from_hugging_face_config,
+    load_safetensors,
+    save_safetensors,
+)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 BOTH = pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_llama"])
@@ -80,7 +85,9 @@ def test_generations_are_pytorchs(name):
             model, params, prompts, lengths, max_new_tokens=new, end_token=golden["end_token"]
         )
 
-    np.testing.assert_array_equal(decode(params, padded, np.array([len(p) for p in prompts])), answers)
+    np.testing.assert_array_equal(
+        decode(params, padded, np.array([len(p) for p in prompts])), answers
+    )
 
 
 def test_configurations_are_read():
@@ -133,7 +140,8 @@ def test_saving_writes_the_same_checkpoint(name, tmp_path):
 )
 def test_round_trip_of_variants(config, tmp_path):
     params = jax.tree.map(
-        lambda p: p.astype(jnp.bfloat16), jax.jit(models.language_model(config).init)(jax.random.key(0))
+        lambda p: p.astype(jnp.bfloat16),
+        jax.jit(models.language_model(config).init)(jax.random.key(0)),
     )
     save_safetensors(tmp_path, params, config)
     assert from_hugging_face_config(tmp_path) == dataclasses.replace(config, dropout=0.0)
@@ -162,7 +170,9 @@ def test_shards_half_precision_buffers_and_missing_prefixes(name, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.float32)}
     assert_trees_close(loaded, params, rtol=2**-8, atol=1e-6)
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names \['b.safetensors'\], which are not there; download"):
+    with pytest.raises(
+        FileNotFoundError, match=r"names \['b.safetensors'\], which are not there; download"
+    ):
         load_safetensors(tmp_path, config)
 
 
@@ -170,7 +180,9 @@ def test_a_stored_tied_head_is_ignored(tmp_path):
     def add_head(tensors):
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
 
-    assert_trees_close(load_changed(tmp_path, "tiny_gpt2", add_head), load("tiny_gpt2")[1], rtol=0, atol=0)
+    assert_trees_close(
+        load_changed(tmp_path, "tiny_gpt2", add_head), load("tiny_gpt2")[1], rtol=0, atol=0
+    )
 
 
 def test_refused_checkpoints(tmp_path):
@@ -180,11 +192,15 @@ def test_refused_checkpoints(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="not a safetensors file .*Download it again"):
         load_safetensors(tmp_path, config)
-    with pytest.raises(ValueError, match="no tensor 'model.norm.weight', which final_norm/scale needs;"):
+    with pytest.raises(
+        ValueError, match="no tensor 'model.norm.weight', which final_norm/scale needs;"
+    ):
         load_changed(tmp_path, "tiny_llama", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(ValueError, match="no tensor 'lm_head.weight', .*are its embeddings tied"):
         load_changed(tmp_path, "tiny_llama", lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(ValueError, match=r"1 tensors that the configuration does not use, e.g. \['extra'\]"):
+    with pytest.raises(
+        ValueError, match=r"1 tensors that the configuration does not use, e.g. \['extra'\]"
+    ):
         load_changed(tmp_path, "tiny_llama", lambda tensors: tensors.update(extra=np.ones(2)))
     with pytest.raises(
         ValueError,
@@ -197,7 +213,9 @@ def test_refused_checkpoints(tmp_path):
 
 def test_refused_parameters(tmp_path):
     tiny = models.tiny_transformer(5, max_length=4)
-    with pytest.raises(ValueError, match="only models of GPT-2's shape .* have a Hugging Face layout"):
+    with pytest.raises(
+        ValueError, match="only models of GPT-2's shape .* have a Hugging Face layout"
+    ):
         save_safetensors(tmp_path, {}, tiny)
     config, params = load("tiny_llama")
     with pytest.raises(ValueError, match=r"not those of the configuration: \['final_norm/scale'\]"):
@@ -209,16 +227,32 @@ def test_refused_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("tiny_gpt2", {"model_type": "bert"}, "model_type 'bert'; only .'gpt2', 'llama'. can be read"),
-        ("tiny_gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx = True is not supported"),
-        ("tiny_gpt2", {"activation_function": "relu"}, "activation_function = 'relu' is not supported"),
+        (
+            "tiny_gpt2",
+            {"model_type": "bert"},
+            "model_type 'bert'; only .'gpt2', 'llama'. can be read",
+        ),
+        (
+            "tiny_gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "inverse_layer_idx = True is not supported",
+        ),
+        (
+            "tiny_gpt2",
+            {"activation_function": "relu"},
+            "activation_function = 'relu' is not supported",
+        ),
         ("tiny_gpt2", {"n_head": 3}, "config.json: width 16 is not divisible by num_heads 3"),
         ("tiny_gpt2", {"n_embd": None}, "does not say 'n_embd'"),
         ("tiny_llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
         ("tiny_llama", {"head_dim": 8}, "head_dim = 8 is not supported"),
         ("tiny_llama", {"mlp_bias": True}, "must both have biases"),
         ("tiny_llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling = .* is not supported"),
-        ("tiny_llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type = 'llama3' is not supported"),
+        (
+            "tiny_llama",
+            {"rope_parameters": {"rope_type": "llama3"}},
+            "rope_type = 'llama3' is not supported",
+        ),
     ],
 )
 def test_refused_configurations(name, changes, message, tmp_path):

@@ -18,11 +18,19 @@ TINY = models.tiny_transformer(11, 8, 2, 2, 12, max_length=16)
 CONFIGS = {
     "tiny": TINY,
     "gpt2": dataclasses.replace(
-        models.gpt2(), vocabulary=11, width=8, num_layers=2, num_heads=2, mlp_width=12, max_length=16
+        models.gpt2(),
+        vocabulary=11,
+        width=8,
+        num_layers=2,
+        num_heads=2,
+        mlp_width=12,
+        max_length=16,
     ),
     "llama": models.llama(11, 16, 2, 4, 12, 16, num_key_value_heads=2),
     "rotary, layer": dataclasses.replace(TINY, num_layers=1, positions="rotary"),
-    "learned, rms, swiglu": dataclasses.replace(TINY, num_layers=1, normalisation="rms", activation="swiglu"),
+    "learned, rms, swiglu": dataclasses.replace(
+        TINY, num_layers=1, normalisation="rms", activation="swiglu"
+    ),
 }
 EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -71,15 +79,22 @@ def kernels(config):
 
 def test_names_that_adapters_use():
     attention = {
-        f"blocks_{i}/attention/{name}" for i in range(2) for name in ("query", "key", "value", "output")
+        f"blocks_{i}/attention/{name}"
+        for i in range(2)
+        for name in ("query", "key", "value", "output")
     }
     mlp = {f"blocks_{i}/mlp/{name}" for i in range(2) for name in ("up", "down")}
     gates = {f"blocks_{i}/mlp/gate" for i in range(2)}
     assert kernels(CONFIGS["tiny"]) == attention | mlp | {"unembedding"}
     assert kernels(CONFIGS["llama"]) == attention | mlp | gates | {"unembedding"}
-    fused = {f"blocks_{i}/attention/{name}" for i in range(2) for name in ("query_key_value", "output")}
+    fused = {
+        f"blocks_{i}/attention/{name}" for i in range(2) for name in ("query_key_value", "output")
+    }
     assert kernels(CONFIGS["gpt2"]) == fused | mlp
-    others = set(jax.eval_shape(models.language_model(CONFIGS["gpt2"]).init, KEY)) - {"blocks_0", "blocks_1"}
+    others = set(jax.eval_shape(models.language_model(CONFIGS["gpt2"]).init, KEY)) - {
+        "blocks_0",
+        "blocks_1",
+    }
     assert others == {"token_embedding", "position_embedding", "final_norm"}
 
 
@@ -114,7 +129,9 @@ def test_later_tokens_do_not_matter_and_earlier_do(config):
 def test_order_matters(config):
     model, params, tokens = build(config)
     swapped = tokens.at[:, 0].set(tokens[:, 1]).at[:, 1].set(tokens[:, 0])
-    difference = model.apply(params, swapped, None)[:, 2:] - model.apply(params, tokens, None)[:, 2:]
+    difference = (
+        model.apply(params, swapped, None)[:, 2:] - model.apply(params, tokens, None)[:, 2:]
+    )
     assert jnp.max(jnp.abs(difference)) > 1e-3
 
 
@@ -152,7 +169,10 @@ def test_steps_of_several_models_at_once():
     _, cache = step(several, tokens[:, :6], cache, jnp.zeros(3, jnp.int32))
     logits, _ = step(several, tokens[:, 6:], cache, jnp.full(3, 6))
     expected = jnp.stack(
-        [model.apply(jax.tree.map(lambda p, i=i: p[i], several), tokens, None)[:, 6:] for i in range(3)]
+        [
+            model.apply(jax.tree.map(lambda p, i=i: p[i], several), tokens, None)[:, 6:]
+            for i in range(3)
+        ]
     )
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -161,7 +181,10 @@ def test_rotation_depends_on_distances_only():
     query, key = jax.random.normal(KEY, (2, 1, 1, 1, 6))
 
     def score(at, distance):
-        turned = rotate(query, jnp.array([[at + distance]]), 100.0), rotate(key, jnp.array([[at]]), 100.0)
+        turned = (
+            rotate(query, jnp.array([[at + distance]]), 100.0),
+            rotate(key, jnp.array([[at]]), 100.0),
+        )
         return jnp.sum(turned[0] * turned[1])
 
     np.testing.assert_allclose(score(0, 3), score(11, 3), rtol=1e-4)
@@ -185,7 +208,10 @@ def test_grouped_queries_equal_repeated_keys_and_values():
 
     repeated = jax.tree_util.tree_map_with_path(repeat, params)
     np.testing.assert_allclose(
-        model.apply(params, tokens, None), jax.jit(full.apply)(repeated, tokens, None), rtol=1e-4, atol=1e-5
+        model.apply(params, tokens, None),
+        jax.jit(full.apply)(repeated, tokens, None),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -223,7 +249,9 @@ def test_training_lowers_the_loss():
 
     @jax.jit
     def train(params):
-        descend = lambda p, _: (jax.tree.map(lambda w, g: w - 0.3 * g, p, jax.grad(loss)(p)), loss(p))  # noqa: E731
+        def descend(p, _):
+            return jax.tree.map(lambda w, g: w - 0.3 * g, p, jax.grad(loss)(p)), loss(p)
+
         return jax.lax.scan(descend, params, None, 60)[1]
 
     losses = train(jax.jit(model.init)(KEY))
@@ -235,9 +263,15 @@ def test_training_lowers_the_loss():
     ("changes", "message"),
     [
         ({"num_heads": 3}, "width 8 is not divisible by num_heads 3"),
-        ({"num_heads": 4, "num_key_value_heads": 3}, "num_heads 4 is not divisible by num_key_value_heads 3"),
+        (
+            {"num_heads": 4, "num_key_value_heads": 3},
+            "num_heads 4 is not divisible by num_key_value_heads 3",
+        ),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"normalisation": "batch"}, r"normalisation must be one of \('layer', 'rms'\), got 'batch'"),
+        (
+            {"normalisation": "batch"},
+            r"normalisation must be one of \('layer', 'rms'\), got 'batch'",
+        ),
         ({"positions": "none"}, "positions must be one of"),
         ({"activation": "relu"}, "activation must be one of"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
@@ -265,4 +299,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="17 tokens exceed"):
         model.empty_cache(1, 17)
     with pytest.raises(ValueError, match="5 tokens do not fit into a cache of length 4"):
-        model.step(params, jnp.zeros((1, 5), jnp.int32), model.empty_cache(1, 4), jnp.zeros(1, jnp.int32))
+        model.step(
+            params, jnp.zeros((1, 5), jnp.int32), model.empty_cache(1, 4), jnp.zeros(1, jnp.int32)
+        )

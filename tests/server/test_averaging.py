@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedjax_mtl import algorithms, sampling, server, simulate
-from fedjax_mtl.algorithm import cohort_weights
+from fedjax_mtl import algorithms, server, simulate
+from fedjax_mtl.core import sampling
+from fedjax_mtl.rounds.federated import cohort_weights
 from fedjax_mtl.server.averaging import only_averages
 
 SETTINGS = settings(deadline=None, max_examples=30)
@@ -30,7 +31,9 @@ def test_average_is_the_weighted_mean_in_any_order(updates, order):
     order = np.array(order)
     mean = apply(server.average_clients(), {"w": jnp.asarray(updates)}, weights=weights)["w"]
     np.testing.assert_allclose(mean, np.asarray(weights) @ updates, rtol=1e-4, atol=1e-4)
-    permuted = apply(server.average_clients(), {"w": jnp.asarray(updates[order])}, weights=weights[order])
+    permuted = apply(
+        server.average_clients(), {"w": jnp.asarray(updates[order])}, weights=weights[order]
+    )
     np.testing.assert_allclose(permuted["w"], mean, rtol=1e-4, atol=1e-4)
     plain = apply(server.average_clients(), {"w": jnp.asarray(updates)})["w"]
     np.testing.assert_allclose(plain, updates.mean(0), rtol=1e-4, atol=1e-4)
@@ -78,7 +81,9 @@ def test_a_server_that_keeps_the_client_axis_is_refused():
 
 
 def test_weightings():
-    cohort = sampling.make_cohort(small_federation(), jnp.array([0, 1, 2]), jnp.array([True, True, False]))
+    cohort = sampling.make_cohort(
+        small_federation(), jnp.array([0, 1, 2]), jnp.array([True, True, False])
+    )
     np.testing.assert_allclose(cohort_weights("samples", cohort), [5 / 14, 9 / 14, 0], rtol=1e-6)
     np.testing.assert_allclose(cohort_weights("uniform", cohort), [0.5, 0.5, 0])
     np.testing.assert_allclose(cohort_weights("population", cohort), [5 / 36, 9 / 36, 0], rtol=1e-6)

@@ -21,8 +21,12 @@ KEEPING = {
     "decouple layers": lambda: server.decouple_updates(0.4, scope="layer", denominator="selected"),
     "gradnorm": lambda: server.normalize_gradients(CLIENTS, learning_rate=0.05),
     "pcgrad": lambda: server.project_conflicts(),
-    "pcgrad per leaf": lambda: server.project_conflicts(granularity="per_leaf", normalise="restore"),
-    "quantise": lambda: server.compress_clients(server.stochastic_levels(3), CLIENTS, error_feedback=False),
+    "pcgrad per leaf": lambda: server.project_conflicts(
+        granularity="per_leaf", normalise="restore"
+    ),
+    "quantise": lambda: server.compress_clients(
+        server.stochastic_levels(3), CLIENTS, error_feedback=False
+    ),
 }
 REDUCING = {
     "average": lambda: server.average_clients(),
@@ -52,7 +56,14 @@ def compiled(kept, reduced, step):
         losses, weights = jnp.arange(1.0, 5)[order], jnp.array([0.1, 0.2, 0.3, 0.4])[order]
         weights = jnp.where(present, weights, 0)
         return chain.update(
-            updates, state, PARAMS, losses=losses, weights=weights, client_ids=order, present=present, key=key
+            updates,
+            state,
+            PARAMS,
+            losses=losses,
+            weights=weights,
+            client_ids=order,
+            present=present,
+            key=key,
         )
 
     return chain, update, traces
@@ -63,9 +74,12 @@ def rounds(kept, reduced, step, order, present, garbage=0.0):
     state, order, present = chain.init(PARAMS), jnp.asarray(order), jnp.asarray(present)
     for index in range(2):
         key = jax.random.fold_in(jax.random.key(7), index)
-        drawn = optax.tree.random_like(key, jax.tree.map(lambda x: jnp.zeros((CLIENTS, *x.shape)), PARAMS))
+        drawn = optax.tree.random_like(
+            key, jax.tree.map(lambda x: jnp.zeros((CLIENTS, *x.shape)), PARAMS)
+        )
         drawn = jax.tree.map(
-            lambda x: jnp.where(present.reshape((-1,) + (1,) * (x.ndim - 1)), x[order], garbage), drawn
+            lambda x: jnp.where(present.reshape((-1,) + (1,) * (x.ndim - 1)), x[order], garbage),
+            drawn,
         )
         step_, state = update(drawn, state, order, present, key)
     return step_, state, traces

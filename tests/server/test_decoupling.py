@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedjax_mtl import server, trees
+from fedjax_mtl import server
+from fedjax_mtl.core import trees
 from fedjax_mtl.server.decoupling import kth_largest, largest_entries
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "feddea.json").read_text())
@@ -48,11 +49,17 @@ def test_golden(index):
         np.testing.assert_array_equal(ours != 0, np.array(case["masks"], bool))
     if "masks" in case and config["denominator"] == "all":
         kept = np.array(GOLDEN["inputs"]["deltas"]) * np.array(case["masks"])
-        np.testing.assert_allclose(np.abs(ours).sum(1) / np.abs(kept).sum(1), case["factor"], rtol=1e-6)
+        np.testing.assert_allclose(
+            np.abs(ours).sum(1) / np.abs(kept).sum(1), case["factor"], rtol=1e-6
+        )
 
 
 @SETTINGS
-@given(UPDATES, st.sampled_from([0.1, 0.3, 0.55, 1.0]), st.sampled_from(["l1", "l2", "density", "none"]))
+@given(
+    UPDATES,
+    st.sampled_from([0.1, 0.3, 0.55, 1.0]),
+    st.sampled_from(["l1", "l2", "density", "none"]),
+)
 def test_algebra(updates, keep, rescale):
     with jax.enable_x64(True):
         transformation = server.decouple_updates(keep, rescale=rescale)
@@ -62,7 +69,9 @@ def test_algebra(updates, keep, rescale):
         assert np.all(ours * updates >= 0)
         assert np.all((ours != 0).sum(1) <= max(1, int(np.ceil(keep * 10 - 1e-9))))
         if rescale == "l1":
-            np.testing.assert_allclose(np.abs(ours).sum(1), np.abs(updates).sum(1), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                np.abs(ours).sum(1), np.abs(updates).sum(1), rtol=1e-9, atol=1e-12
+            )
         if rescale == "l2":
             np.testing.assert_allclose(
                 np.linalg.norm(ours, axis=1), np.linalg.norm(updates, axis=1), rtol=1e-9, atol=1e-12
@@ -116,11 +125,15 @@ def test_thresholds_layers_and_untouched_leaves():
         server.decouple_updates(select="relative", threshold=0.2, rescale="none"), updates
     )
     np.testing.assert_allclose(relative["a"], [[4, 0, 0]])
-    per_layer = server.decouple_updates(select="relative", threshold=0.2, scope="layer", rescale="none")
+    per_layer = server.decouple_updates(
+        select="relative", threshold=0.2, scope="layer", rescale="none"
+    )
     np.testing.assert_allclose(apply_server(per_layer, updates)["a"], [[4, 1, 0]])
     deviation = server.decouple_updates(select="deviation", threshold=1.0, rescale=2.0)
     np.testing.assert_allclose(apply_server(deviation, updates)["b"], [[16, 0]])
-    only_a = server.decouple_updates(0.3, applied_to=trees.under("a"), rescale_scope="layer", scope="layer")
+    only_a = server.decouple_updates(
+        0.3, applied_to=trees.under("a"), rescale_scope="layer", scope="layer"
+    )
     ours = apply_server(only_a, updates)
     np.testing.assert_allclose(ours["a"], [[5.2, 0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(ours["b"], updates["b"])
@@ -130,7 +143,9 @@ def test_absent_clients():
     updates = jnp.array([[1.0, 2.0], [jnp.nan, 1.0]])
     present = jnp.array([True, False])
     for denominator in ("all", "selected"):
-        ours = apply_server(server.decouple_updates(0.5, denominator=denominator), updates, present=present)
+        ours = apply_server(
+            server.decouple_updates(0.5, denominator=denominator), updates, present=present
+        )
         assert np.isfinite(ours).all() and not ours[1].any()
 
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from fedjax_mtl import server, task_graphs, trees
-from fedjax_mtl.server import relations
+from fedjax_mtl import server
+from fedjax_mtl.core import trees
+from fedjax_mtl.relations import graphs
+from fedjax_mtl.server import mixing
 from fedjax_mtl.server.hyper import HyperOptimizer, cross_attention
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -34,7 +36,9 @@ def step(transformation, starts, results, population=None, state=None, **facts):
     population = starts if population is None else jax.tree.map(jnp.asarray, population)
     state = transformation.init(population) if state is None else state
     updates = optax.tree.sub(starts, results)
-    moves, state = transformation.update(updates, state, starts, population_params=population, **facts)
+    moves, state = transformation.update(
+        updates, state, starts, population_params=population, **facts
+    )
     return optax.tree.sub(starts, moves), state
 
 
@@ -50,16 +54,18 @@ def mixed(transformation, results, **facts):
 def test_fedamp(case):
     given_, expected = case["inputs"], case["outputs"]
     models = jnp.asarray(given_["params"], jnp.float64)
-    distances = task_graphs.squared_distances(models)
+    distances = graphs.squared_distances(models)
     np.testing.assert_allclose(distances, expected["squared_distances"], rtol=1e-6)
-    weights = relations.attention_coefficients(
+    weights = mixing.attention_coefficients(
         jnp.asarray(expected["squared_distances"]),
         jnp.ones(len(models), bool),
         given_["alphak"],
         given_["sigma"],
     )
     np.testing.assert_allclose(weights, expected["attention"], atol=1e-9)
-    clouds = mixed(server.attention_mixing(scale=given_["alphak"], bandwidth=given_["sigma"]), models)
+    clouds = mixed(
+        server.attention_mixing(scale=given_["alphak"], bandwidth=given_["sigma"]), models
+    )
     np.testing.assert_allclose(clouds, expected["cloud_params"], atol=1e-6)
     pull = given_["lamda"] / given_["alphak"] * (models - jnp.asarray(expected["cloud_params"]))
     np.testing.assert_allclose(pull, expected["prox_gradient_squared_form"], atol=1e-8)
@@ -70,14 +76,16 @@ def test_matfl(case):
     given_, expected = case["inputs"], case["outputs"]
     models = jnp.asarray(given_["params"])
     there = jnp.ones(len(models), bool)
-    distances = 1 - relations.deviation_cosines(models, there)
+    distances = 1 - mixing.deviation_cosines(models, there)
     np.testing.assert_allclose(distances, np.array(expected["cosine_distance"]), atol=1e-8)
-    labels = np.asarray(relations.average_linkage(distances, there, given_["n_clusters"]))
+    labels = np.asarray(mixing.average_linkage(distances, there, given_["n_clusters"]))
     found = {frozenset(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())}
     assert found == {frozenset(cluster) for cluster in expected["clusters"]}
     hard = mixed(server.cluster_mixing(given_["n_clusters"]), models)
     np.testing.assert_allclose(hard, expected["new_params"], atol=1e-9)
-    soft = mixed(server.cluster_mixing(given_["n_clusters"], soft=True, threshold=given_["th"]), models)
+    soft = mixed(
+        server.cluster_mixing(given_["n_clusters"], soft=True, threshold=given_["th"]), models
+    )
     np.testing.assert_allclose(soft, expected["soft_new_params"], atol=1e-9)
 
 
@@ -105,7 +113,10 @@ def fedhca2_trees(case):
     def gather(tree, name):
         layer, leaf = name.split(".")
         return np.stack(
-            [np.asarray(tree[tasks[c]][layer][leaf][k]) for k, c in zip(clients, columns, strict=True)]
+            [
+                np.asarray(tree[tasks[c]][layer][leaf][k])
+                for k, c in zip(clients, columns, strict=True)
+            ]
         )
 
     return tasks, owned, clients, columns, scatter, gather
@@ -128,7 +139,9 @@ def test_fedhca2(variant):
         server.only(
             trees.under("decoders"),
             server.hyper_attention(
-                decoders=[("decoders", task) for task in tasks], owned=jnp.asarray(owned), hyper=hyper
+                decoders=[("decoders", task) for task in tasks],
+                owned=jnp.asarray(owned),
+                hyper=hyper,
             ),
         ),
     )
@@ -169,7 +182,9 @@ def stacked_adapters(adapters):
 
 
 def flatten(models):
-    return np.concatenate([np.asarray(models[n]).reshape(len(models[n]), -1) for n in ("A", "B")], axis=1)
+    return np.concatenate(
+        [np.asarray(models[n]).reshape(len(models[n]), -1) for n in ("A", "B")], axis=1
+    )
 
 
 def test_mira_full_participation():
@@ -177,23 +192,25 @@ def test_mira_full_participation():
     results = stacked_adapters(given_["lora_after_local"])
     before = stacked_adapters(given_["server_copy_before"])
     adjacency = np.array(given_["adjacency"])
-    np.testing.assert_allclose(task_graphs.laplacian(adjacency), expected["laplacian"], atol=1e-12)
+    np.testing.assert_allclose(graphs.laplacian(adjacency), expected["laplacian"], atol=1e-12)
     np.testing.assert_allclose(
-        task_graphs.regulariser(adjacency, results), expected["regulariser_before"], rtol=1e-6
+        graphs.regulariser(adjacency, results), expected["regulariser_before"], rtol=1e-6
     )
-    gradient = jax.grad(lambda w: task_graphs.regulariser(adjacency, w))(results)
+    gradient = jax.grad(lambda w: graphs.regulariser(adjacency, w))(results)
     np.testing.assert_allclose(flatten(gradient), expected["regulariser_gradient_flat"], atol=1e-5)
     strength = given_["eta"] * given_["lambda"]
-    mixing = server.laplacian_mixing(task_graphs.fixed(adjacency), strength)
+    mixing = server.laplacian_mixing(graphs.fixed(adjacency), strength)
     models, _ = step(mixing, before, results)
     full = expected["full_participation"]
     np.testing.assert_allclose(flatten(models), full["new_flat"], atol=1e-6)
     np.testing.assert_allclose(
-        task_graphs.regulariser(adjacency, models), full["regulariser_after"], rtol=1e-6
+        graphs.regulariser(adjacency, models), full["regulariser_after"], rtol=1e-6
     )
     np.testing.assert_allclose(flatten(models).mean(0), full["mean_before"], atol=1e-6)
-    alone, _ = step(server.laplacian_mixing(task_graphs.fixed(adjacency), 0.0), before, results)
-    np.testing.assert_allclose(flatten(alone), expected["local_only_lambda0"]["new_flat"], atol=1e-12)
+    alone, _ = step(server.laplacian_mixing(graphs.fixed(adjacency), 0.0), before, results)
+    np.testing.assert_allclose(
+        flatten(alone), expected["local_only_lambda0"]["new_flat"], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,10 +223,14 @@ def test_mira_partial_participation(neighbours, name):
     ids = jnp.array(expected["S"])
     cohort = jax.tree.map(lambda x: x[ids], population)
     mixing = server.laplacian_mixing(
-        task_graphs.fixed(given_["adjacency"]), given_["eta"] * given_["lambda"], neighbours=neighbours
+        graphs.fixed(given_["adjacency"]), given_["eta"] * given_["lambda"], neighbours=neighbours
     )
-    models, _ = step(mixing, cohort, jax.tree.map(lambda x: x[ids], results), population, client_ids=ids)
-    np.testing.assert_allclose(flatten(models), np.array(expected["new_flat"])[np.asarray(ids)], atol=1e-6)
+    models, _ = step(
+        mixing, cohort, jax.tree.map(lambda x: x[ids], results), population, client_ids=ids
+    )
+    np.testing.assert_allclose(
+        flatten(models), np.array(expected["new_flat"])[np.asarray(ids)], atol=1e-6
+    )
     # The same by a cohort of everybody in which one is absent.
     present = jnp.array([True, False, True, True])
     models, _ = step(mixing, population, results, population, present=present)
@@ -228,8 +249,8 @@ MIXINGS = {
     "clusters": server.cluster_mixing(2),
     "soft": server.cluster_mixing(soft=True, threshold=0.2),
     "others": server.mean_of_others(),
-    "by_updates": server.laplacian_mixing(task_graphs.by_updates(decay=0.3), 0.1),
-    "learned": server.laplacian_mixing(task_graphs.learned(smoothness=0.5), 0.1),
+    "by_updates": server.laplacian_mixing(graphs.by_updates(decay=0.3), 0.1),
+    "learned": server.laplacian_mixing(graphs.learned(smoothness=0.5), 0.1),
     "hyper": server.hyper_conflict_averse(),
     "hyper_attention": server.hyper_attention(),
 }
@@ -244,7 +265,9 @@ def test_permutation_of_clients(name):
     results, order = models_of(1), np.array([3, 0, 4, 1, 2])
     straight, _ = step(MIXINGS[name], as_tree(np.zeros_like(results)), as_tree(results))
     permuted, _ = step(MIXINGS[name], as_tree(np.zeros_like(results)), as_tree(results[order]))
-    np.testing.assert_allclose(straight["layer"]["kernel"][order], permuted["layer"]["kernel"], atol=2e-6)
+    np.testing.assert_allclose(
+        straight["layer"]["kernel"][order], permuted["layer"]["kernel"], atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("name", MIXINGS)
@@ -269,7 +292,9 @@ def test_absent_clients_have_no_influence_and_stay(name):
     np.testing.assert_allclose(ours["layer"]["kernel"][keep], smaller["layer"]["kernel"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["attention", "clusters", "soft", "others", "by_updates", "learned"])
+@pytest.mark.parametrize(
+    "name", ["attention", "clusters", "soft", "others", "by_updates", "learned"]
+)
 def test_one_client_keeps_its_model(name):
     results = models_of(4, count=1)
     np.testing.assert_allclose(mixed(MIXINGS[name], results), results, atol=1e-9)
@@ -279,20 +304,20 @@ def test_one_client_keeps_its_model(name):
 @given(seed=st.integers(0, 10**6), share=st.floats(0.01, 0.99))
 def test_laplacian_mixing_contracts(seed, share):
     results = jnp.asarray(models_of(seed))
-    adjacency = task_graphs.random(5, seed)
-    strength = share * task_graphs.largest_stable_step(adjacency)
+    adjacency = graphs.random(5, seed)
+    strength = share * graphs.largest_stable_step(adjacency)
     if not np.isfinite(strength):
         return
-    after = mixed(server.laplacian_mixing(task_graphs.fixed(adjacency), strength), results)
-    expected = results - strength * task_graphs.laplacian(adjacency) @ results
+    after = mixed(server.laplacian_mixing(graphs.fixed(adjacency), strength), results)
+    expected = results - strength * graphs.laplacian(adjacency) @ results
     np.testing.assert_allclose(after, expected, atol=1e-5)
     np.testing.assert_allclose(after.mean(0), results.mean(0), atol=1e-6)
-    assert task_graphs.regulariser(adjacency, after) <= task_graphs.regulariser(adjacency, results) + 1e-5
+    assert graphs.regulariser(adjacency, after) <= graphs.regulariser(adjacency, results) + 1e-5
 
 
 def test_complete_graph_at_one_over_clients_averages():
     results = models_of(5)
-    graph = task_graphs.fixed(task_graphs.complete(5) + 3 * np.eye(5))  # the diagonal does not count
+    graph = graphs.fixed(graphs.complete(5) + 3 * np.eye(5))  # the diagonal does not count
     after = mixed(server.laplacian_mixing(graph, 1 / 5), results)
     np.testing.assert_allclose(after, np.tile(results.mean(0), (5, 1)), atol=1e-7)
 
@@ -303,8 +328,10 @@ def test_average_linkage_is_scipys(seed, count, clusters):
     clusters = min(clusters, count)
     points = np.random.default_rng(seed).normal(size=(count, 3))
     distances = np.linalg.norm(points[:, None] - points, axis=-1)
-    labels = relations.average_linkage(jnp.asarray(distances), jnp.ones(count, bool), clusters)
-    expected = fcluster(linkage(squareform(distances, checks=False), "average"), clusters, "maxclust")
+    labels = mixing.average_linkage(jnp.asarray(distances), jnp.ones(count, bool), clusters)
+    expected = fcluster(
+        linkage(squareform(distances, checks=False), "average"), clusters, "maxclust"
+    )
     same = np.asarray(labels)[:, None] == np.asarray(labels)
     np.testing.assert_array_equal(same, expected[:, None] == expected)
 
@@ -319,10 +346,14 @@ def test_limits_of_clustering():
 
 def test_narrow_attention_is_nobodys():
     results = models_of(7)
-    np.testing.assert_allclose(mixed(server.attention_mixing(bandwidth=1e-3), results), results, atol=1e-12)
-    wide = relations.attention_coefficients(jnp.zeros((5, 5)), jnp.ones(5, bool), 2.0, 1.0)
+    np.testing.assert_allclose(
+        mixed(server.attention_mixing(bandwidth=1e-3), results), results, atol=1e-12
+    )
+    wide = mixing.attention_coefficients(jnp.zeros((5, 5)), jnp.ones(5, bool), 2.0, 1.0)
     assert wide[0, 0] < 0
-    clipped = relations.attention_coefficients(jnp.zeros((5, 5)), jnp.ones(5, bool), 2.0, 1.0, clip=True)
+    clipped = mixing.attention_coefficients(
+        jnp.zeros((5, 5)), jnp.ones(5, bool), 2.0, 1.0, clip=True
+    )
     assert clipped.min() >= 0
     np.testing.assert_allclose(clipped.sum(1), 1)
 
@@ -330,8 +361,8 @@ def test_narrow_attention_is_nobodys():
 def test_frozen_zero_hyper_weights_are_training_alone():
     results = models_of(8)
     hyper = HyperOptimizer(initial=0.0, learning_rate=0.0)
-    for mixing in (server.hyper_conflict_averse(hyper=hyper), server.hyper_attention(hyper=hyper)):
-        after, _ = step(mixing, as_tree(np.zeros_like(results)), as_tree(results))
+    for rule in (server.hyper_conflict_averse(hyper=hyper), server.hyper_attention(hyper=hyper)):
+        after, _ = step(rule, as_tree(np.zeros_like(results)), as_tree(results))
         np.testing.assert_allclose(after["layer"]["kernel"], results, atol=1e-12)
 
 
@@ -347,14 +378,14 @@ def test_hyper_weights_of_absent_clients_wait():
 
 def test_sheaf_with_identity_maps_is_laplacian_mixing():
     results = jnp.asarray(models_of(9))
-    adjacency = (task_graphs.random(5, 3) > 0).astype(float)
+    adjacency = (graphs.random(5, 3) > 0).astype(float)
     mixing = server.sheaf_mixing(
         adjacency, key=jax.random.key(0), strength=0.1, map_step=0.0, compression=1.0
     )
     state = mixing.init(results)
     identity = state._replace(maps=jnp.broadcast_to(jnp.eye(4), state.maps.shape))
     after, same = step(mixing, jnp.zeros_like(results), results, results, identity)
-    expected = mixed(server.laplacian_mixing(task_graphs.fixed(adjacency), 0.1), results)
+    expected = mixed(server.laplacian_mixing(graphs.fixed(adjacency), 0.1), results)
     np.testing.assert_allclose(after, expected, atol=1e-6)
     np.testing.assert_array_equal(same.maps, identity.maps)
 
@@ -362,7 +393,7 @@ def test_sheaf_with_identity_maps_is_laplacian_mixing():
 def test_sheaf_steps_are_gradient_steps():
     """Against autodiff of the sheaf's objective, with an absent client."""
     results = jnp.asarray(models_of(10))
-    adjacency = task_graphs.random(5, 4)
+    adjacency = graphs.random(5, 4)
     mixing = server.sheaf_mixing(
         adjacency, key=jax.random.key(1), strength=0.3, map_step=0.2, compression=0.5, deviation=1.0
     )
@@ -391,7 +422,7 @@ def test_mixing_composes_with_other_transformations():
     """Clipped and projected updates, then mixed: the mixture is of the models that clipping and projection leave."""
     results = jnp.asarray(models_of(11))
     starts = jnp.asarray(models_of(12))
-    graph = task_graphs.fixed(task_graphs.random(5, 2))
+    graph = graphs.fixed(graphs.random(5, 2))
     chain = optax.chain(
         server.clip_clients(0.5),
         server.project_conflicts(order="index"),
@@ -410,15 +441,15 @@ def test_mixing_composes_with_other_transformations():
 
 def test_graphs_from_descriptions():
     groups = np.array([0, 0, 1, 1, 1])
-    same = task_graphs.by_group(groups)
+    same = graphs.by_group(groups)
     assert same[0, 1] == 1 and same[0, 2] == 0 and same[0, 0] == 0
-    np.testing.assert_allclose(task_graphs.by_group(groups, normalised=True).sum(1), 1)
+    np.testing.assert_allclose(graphs.by_group(groups, normalised=True).sum(1), 1)
     features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    cosine = task_graphs.by_similarity(features)
+    cosine = graphs.by_similarity(features)
     assert cosine[0, 1] > 0.9 and cosine[0, 3] == 0
-    gaussian = task_graphs.by_similarity(features, kernel="gaussian")
+    gaussian = graphs.by_similarity(features, kernel="gaussian")
     assert gaussian[0, 1] > gaussian[0, 2] > gaussian[0, 3] > 0
-    matrix = task_graphs.random(6, seed=3)
+    matrix = graphs.random(6, seed=3)
     np.testing.assert_array_equal(matrix, matrix.T)
     assert (matrix[matrix > 0] >= 0.25).all()
 
@@ -428,7 +459,7 @@ def test_simplex_rows_minimise():
     distances = rng.random((6, 6))
     valid = ~np.eye(6, dtype=bool)
     valid[5] = False
-    rows = np.asarray(task_graphs.simplex_rows(jnp.asarray(distances), 0.5, jnp.asarray(valid)))
+    rows = np.asarray(graphs.simplex_rows(jnp.asarray(distances), 0.5, jnp.asarray(valid)))
     np.testing.assert_allclose(rows[:5].sum(1), 1, atol=1e-9)
     assert (rows[~valid] == 0).all()
 
@@ -444,15 +475,17 @@ def test_simplex_rows_minimise():
 def test_learned_graph_finds_the_groups():
     groups = np.array([0, 1, 0, 1, 0, 1])
     models = 3.0 * groups[:, None] + 0.1 * models_of(13, count=6)
-    graph = task_graphs.learned(smoothness=0.2)
+    graph = graphs.learned(smoothness=0.2)
     everybody = jnp.arange(6), jnp.ones(6, bool)
-    _, adjacency = graph.update(graph.init(6), jnp.zeros_like(models), jnp.asarray(models), *everybody)
+    _, adjacency = graph.update(
+        graph.init(6), jnp.zeros_like(models), jnp.asarray(models), *everybody
+    )
     assert (np.asarray(adjacency) > 0).sum() > 0
     assert np.asarray(adjacency)[groups[:, None] != groups].max() < 1e-6
 
 
 def test_graphs_remember_pairs_that_met():
-    graph = task_graphs.by_updates(decay=0.5)
+    graph = graphs.by_updates(decay=0.5)
     state = graph.init(4)
     first = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     state, adjacency = graph.update(state, first, first, jnp.array([0, 2]), jnp.ones(2, bool))
@@ -460,7 +493,9 @@ def test_graphs_remember_pairs_that_met():
     second = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     state, adjacency = graph.update(state, second, second, jnp.array([0, 2]), jnp.ones(2, bool))
     assert adjacency[2, 0] == pytest.approx(0.5)
-    state, adjacency = graph.update(state, first, first, jnp.array([1, 3]), jnp.array([True, False]))
+    state, adjacency = graph.update(
+        state, first, first, jnp.array([1, 3]), jnp.array([True, False])
+    )
     assert adjacency[1, 3] == 0 and adjacency[0, 2] == pytest.approx(0.5)
 
 
@@ -477,11 +512,11 @@ def test_graphs_remember_pairs_that_met():
 )
 def test_bad_adjacency(adjacency, message):
     with pytest.raises(ValueError, match=message):
-        task_graphs.fixed(adjacency)
+        graphs.fixed(adjacency)
 
 
 def test_adjacency_of_another_size():
-    mixing = server.laplacian_mixing(task_graphs.fixed(np.ones((3, 3))), 0.1)
+    mixing = server.laplacian_mixing(graphs.fixed(np.ones((3, 3))), 0.1)
     with pytest.raises(ValueError, match="the adjacency is of 3 clients but there are 5"):
         mixing.init(jnp.zeros((5, 2)))
 
@@ -495,8 +530,12 @@ def test_mixing_needs_models_of_each_client():
 
 
 def test_only_needs_a_leaf():
-    with pytest.raises(ValueError, match="selects none of the parameters; at the top they are layer"):
-        server.only(trees.under("encoder"), server.cluster_mixing(2)).init(as_tree(np.zeros((2, 2))))
+    with pytest.raises(
+        ValueError, match="selects none of the parameters; at the top they are layer"
+    ):
+        server.only(trees.under("encoder"), server.cluster_mixing(2)).init(
+            as_tree(np.zeros((2, 2)))
+        )
 
 
 def test_decoders_of_different_structure():
@@ -511,10 +550,12 @@ def test_bad_settings():
     for make in (
         lambda: server.cluster_mixing(0),
         lambda: server.attention_mixing(bandwidth="mean"),
-        lambda: server.laplacian_mixing(task_graphs.fixed(np.eye(2)), 0.1, neighbours="some"),
-        lambda: task_graphs.learned(smoothness=0),
-        lambda: task_graphs.by_similarity(np.eye(2), kernel="dot"),
-        lambda: server.sheaf_mixing(np.eye(2), key=jax.random.key(0), strength=1, map_step=1, compression=0),
+        lambda: server.laplacian_mixing(graphs.fixed(np.eye(2)), 0.1, neighbours="some"),
+        lambda: graphs.learned(smoothness=0),
+        lambda: graphs.by_similarity(np.eye(2), kernel="dot"),
+        lambda: server.sheaf_mixing(
+            np.eye(2), key=jax.random.key(0), strength=1, map_step=1, compression=0
+        ),
     ):
         with pytest.raises(ValueError):
             make()

@@ -42,10 +42,14 @@ def test_pcgrad_golden(index):
         deltas = jnp.asarray(case["inputs"]["deltas"], jnp.float64)
         if case["constants"]["normalise"]:
             deltas = deltas / (jnp.linalg.norm(deltas, axis=1, keepdims=True) + 1e-8)
-        coefficients = projection_coefficients(deltas @ deltas.T, jnp.asarray(case["inputs"]["orders"]))
+        coefficients = projection_coefficients(
+            deltas @ deltas.T, jnp.asarray(case["inputs"]["orders"])
+        )
         projected = coefficients @ deltas
         np.testing.assert_allclose(projected, case["outputs"]["projected"], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(projected.mean(0), case["outputs"]["update"], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            projected.mean(0), case["outputs"]["update"], rtol=1e-6, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("index", range(len(AGGREGATION["pcgrad"]["cases"])))
@@ -70,7 +74,9 @@ def test_gram_space_equals_the_sequential_form(updates, seed):
     rng = np.random.default_rng(seed)
     orders = np.array([rng.permutation(4) for _ in range(4)])
     with jax.enable_x64(True):
-        ours = projection_coefficients(jnp.asarray(updates @ updates.T), jnp.asarray(orders)) @ updates
+        ours = (
+            projection_coefficients(jnp.asarray(updates @ updates.T), jnp.asarray(orders)) @ updates
+        )
         # A product of exactly 0 may fall on either side of the test.
         np.testing.assert_allclose(ours, pcgrad_direct(updates, orders), atol=1e-7)
 
@@ -82,7 +88,9 @@ def test_projection_is_equivariant(updates, order, visiting):
     order, key = np.array(order), jax.random.key(0)
     with jax.enable_x64(True):
         project = server.project_conflicts(order=visiting)
-        plain = apply_server(project, {"w": jnp.asarray(updates)}, key=key, client_ids=jnp.arange(4))
+        plain = apply_server(
+            project, {"w": jnp.asarray(updates)}, key=key, client_ids=jnp.arange(4)
+        )
         moved = apply_server(
             project, {"w": jnp.asarray(updates[order])}, key=key, client_ids=jnp.asarray(order)
         )
@@ -93,7 +101,9 @@ def test_projection_is_equivariant(updates, order, visiting):
 @given(hnp.arrays(np.float64, (2, 5), elements=st.floats(-10, 10).map(lambda x: round(x, 2))))
 def test_two_clients_never_hurt_each_other(updates):
     with jax.enable_x64(True):
-        rows = apply_server(server.project_conflicts(order="index"), {"w": jnp.asarray(updates)})["w"]
+        rows = apply_server(server.project_conflicts(order="index"), {"w": jnp.asarray(updates)})[
+            "w"
+        ]
         assert np.all(rows.mean(0) @ updates.T >= -1e-8)
         assert np.all(np.linalg.norm(rows, axis=1) <= np.linalg.norm(updates, axis=1) + 1e-9)
 
@@ -103,13 +113,17 @@ def test_absent_clients_zero_updates_and_opposites():
     present = jnp.array([True, False, True, True])
     ours = apply_server(server.project_conflicts(order="index"), updates, present=present)
     np.testing.assert_allclose(ours, np.zeros((4, 2)), atol=1e-6)
-    ours = apply_server(server.project_conflicts(order="index"), updates.at[2].set(1.0), present=present)
+    ours = apply_server(
+        server.project_conflicts(order="index"), updates.at[2].set(1.0), present=present
+    )
     np.testing.assert_allclose(ours, [[1, 2], [0, 0], [1, 1], [0, 0]], rtol=1e-6)
 
 
 def test_granularity_and_restored_length():
     updates = {"a": jnp.array([[1.0], [-1.0]]), "b": jnp.array([[2.0], [3.0]])}
-    per_leaf = apply_server(server.project_conflicts(order="index", granularity="per_leaf"), updates)
+    per_leaf = apply_server(
+        server.project_conflicts(order="index", granularity="per_leaf"), updates
+    )
     np.testing.assert_allclose(per_leaf["a"], np.zeros((2, 1)), atol=1e-7)
     np.testing.assert_allclose(per_leaf["b"], updates["b"], rtol=1e-6)
     # No conflict over both leaves: every update at length 1, times the mean length.
@@ -124,7 +138,11 @@ def test_granularity_and_restored_length():
 def test_the_averaged_projection_is_the_projection_averaged(normalise, granularity, weights):
     rng = np.random.default_rng(0)
     updates = {"a": jnp.array(rng.normal(size=(4, 3))), "b": jnp.array(rng.normal(size=(4, 2, 2)))}
-    facts = {"key": jax.random.key(0), "present": jnp.array([True, False, True, True]), "weights": weights}
+    facts = {
+        "key": jax.random.key(0),
+        "present": jnp.array([True, False, True, True]),
+        "weights": weights,
+    }
     choices = {"normalise": normalise, "granularity": granularity}
     projected = apply_server(server.project_conflicts(**choices), updates, **facts)
     expected = apply_server(server.average_clients(), projected, **facts)
@@ -155,7 +173,11 @@ def test_gp_aggregation_golden(name):
         return
     with jax.enable_x64(True):
         two = "round1_gradients" in given_
-        rounds = [given_["round1_gradients"], given_["round2_gradients"]] if two else [given_["gradients"]]
+        rounds = (
+            [given_["round1_gradients"], given_["round2_gradients"]]
+            if two
+            else [given_["gradients"]]
+        )
         outcomes = [expected["round1"], expected["round2"]] if two else [expected]
         transformation = server.gp_aggregation(
             attention=GP_KIND[given_.get("attention", "softmax_cos")],
@@ -175,7 +197,9 @@ def test_gp_aggregation_golden(name):
             counts = given_.get("num_samples")
             weights = None if counts is None else jnp.asarray(counts, jnp.float64) / sum(counts)
             result, state = transformation.update(updates, state, weights=weights)
-            np.testing.assert_allclose(jnp.concatenate(result), outcome["aggregated"], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                jnp.concatenate(result), outcome["aggregated"], rtol=1e-9, atol=1e-12
+            )
 
 
 def test_attention_only_reweights_projected_updates():
@@ -227,13 +251,17 @@ def test_cagrad_golden(index):
         weights, radius = conflict_averse_weights(
             gram, jnp.full(count, 1 / count), constants["alpha"], there, 400
         )
-        np.testing.assert_allclose(weights, expected["weights_optimum"], atol=case["tolerance"]["weights"])
+        np.testing.assert_allclose(
+            weights, expected["weights_optimum"], atol=case["tolerance"]["weights"]
+        )
         np.testing.assert_allclose(radius, expected["c"], rtol=1e-4)
         ours = apply_server(
             server.conflict_averse(alpha=constants["alpha"], rescale=constants["rescale"]), deltas
         )
         scale = np.abs(expected["update"]).max()
-        np.testing.assert_allclose(ours, expected["update"], atol=case["tolerance"]["update_rel"] * scale)
+        np.testing.assert_allclose(
+            ours, expected["update"], atol=case["tolerance"]["update_rel"] * scale
+        )
 
 
 def test_cagrad_against_scipy_and_limits():
@@ -256,11 +284,16 @@ def test_cagrad_against_scipy_and_limits():
             options={"ftol": 1e-12, "maxiter": 500},
         )
         with jax.enable_x64(True):
-            ours, _ = conflict_averse_weights(jnp.asarray(gram), mean, 0.4, jnp.ones(count, bool), 400)
+            ours, _ = conflict_averse_weights(
+                jnp.asarray(gram), mean, 0.4, jnp.ones(count, bool), 400
+            )
         assert objective(np.asarray(ours)) <= exact.fun * (1 + 1e-6)
     updates = jnp.asarray(updates, jnp.float32)
     np.testing.assert_allclose(
-        apply_server(server.conflict_averse(alpha=0.0), updates), updates.mean(0), rtol=1e-4, atol=1e-6
+        apply_server(server.conflict_averse(alpha=0.0), updates),
+        updates.mean(0),
+        rtol=1e-4,
+        atol=1e-6,
     )
     small = apply_server(server.conflict_averse(), 1e-6 * updates)
     np.testing.assert_allclose(

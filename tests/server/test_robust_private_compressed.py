@@ -22,8 +22,12 @@ KEY = jax.random.key(0)
 def test_robust_means_equal_numpy(updates, present):
     there = updates[present]
     garbage = np.where(present[:, None], updates, np.nan)
-    median = apply_server(server.coordinate_median(), jnp.asarray(garbage), present=jnp.asarray(present))
-    trimmed = apply_server(server.trimmed_mean(0.2), jnp.asarray(garbage), present=jnp.asarray(present))
+    median = apply_server(
+        server.coordinate_median(), jnp.asarray(garbage), present=jnp.asarray(present)
+    )
+    trimmed = apply_server(
+        server.trimmed_mean(0.2), jnp.asarray(garbage), present=jnp.asarray(present)
+    )
     if not len(there):
         assert not median.any() and not trimmed.any()
         return

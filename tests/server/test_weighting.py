@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedjax_mtl import server, trees
+from fedjax_mtl import server
+from fedjax_mtl.core import trees
 from fedjax_mtl.server.weighting import gradnorm_weights
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedgradnorm.json").read_text())
@@ -36,7 +37,9 @@ def test_golden(layers):
                 measured=measured,
                 initial_losses=jnp.asarray(one["F0"], jnp.float64),
             )
-            gradients = {k: jnp.asarray([c[f"g_{k}"] for c in one["clients"]]) for k in ("W1", "W2")}
+            gradients = {
+                k: jnp.asarray([c[f"g_{k}"] for c in one["clients"]]) for k in ("W1", "W2")
+            }
             state = transformation.init(jax.tree.map(lambda x: x[0], gradients))
             state = state._replace(weights=jnp.asarray(one["p_in"], jnp.float64))
             scaled, state = transformation.update(
@@ -44,19 +47,27 @@ def test_golden(layers):
             )
             np.testing.assert_allclose(state.weights, one["server"][layers]["p_new"], rtol=1e-9)
             if layers == "last":
-                np.testing.assert_allclose(scaled["W1"].mean(0), one["agg_g_W1"], rtol=1e-6, atol=1e-12)
-                np.testing.assert_allclose(scaled["W2"].mean(0), one["agg_g_W2"], rtol=1e-6, atol=1e-12)
+                np.testing.assert_allclose(
+                    scaled["W1"].mean(0), one["agg_g_W1"], rtol=1e-6, atol=1e-12
+                )
+                np.testing.assert_allclose(
+                    scaled["W2"].mean(0), one["agg_g_W2"], rtol=1e-6, atol=1e-12
+                )
 
 
 @SETTINGS
 @given(POSITIVE, POSITIVE, POSITIVE, st.floats(0, 2))
-def test_weights_follow_the_gradient_of_the_loss_and_keep_their_sum(weights, norms, rates, exponent):
+def test_weights_follow_the_gradient_of_the_loss_and_keep_their_sum(
+    weights, norms, rates, exponent
+):
     with jax.enable_x64(True):
         weights, norms, rates = map(jnp.asarray, (weights, norms, rates))
 
         def loss(p):
             weighted = p * norms
-            target = jax.lax.stop_gradient(jnp.mean(weighted) * (rates / jnp.mean(rates)) ** exponent)
+            target = jax.lax.stop_gradient(
+                jnp.mean(weighted) * (rates / jnp.mean(rates)) ** exponent
+            )
             return jnp.sum(jnp.abs(weighted - target))
 
         raw = gradnorm_weights(
@@ -71,10 +82,15 @@ def test_weights_follow_the_gradient_of_the_loss_and_keep_their_sum(weights, nor
         )
         expected = jnp.maximum(weights - 1e-3 * jax.grad(loss)(weights), 0)
         near = (
-            jnp.abs(weights * norms - jnp.mean(weights * norms) * (rates / rates.mean()) ** exponent) > 1e-9
+            jnp.abs(
+                weights * norms - jnp.mean(weights * norms) * (rates / rates.mean()) ** exponent
+            )
+            > 1e-9
         )
         np.testing.assert_allclose(jnp.where(near, raw, 0), jnp.where(near, expected, 0), rtol=1e-9)
-        new = gradnorm_weights(weights, norms, rates, EVERYBODY, learning_rate=0.1, exponent=exponent)
+        new = gradnorm_weights(
+            weights, norms, rates, EVERYBODY, learning_rate=0.1, exponent=exponent
+        )
         np.testing.assert_allclose(jnp.sum(new), jnp.sum(weights), rtol=1e-9)
         assert (new > 0).all()
 
@@ -154,7 +170,9 @@ def test_bad_arguments():
             {"w": jnp.ones(2)}
         )
     transformation = server.normalize_gradients(2, learning_rate=0.1, norms="first_step_norm")
-    with pytest.raises(ValueError, match="'first_step_norm' is no metric of the clients, who report loss"):
+    with pytest.raises(
+        ValueError, match="'first_step_norm' is no metric of the clients, who report loss"
+    ):
         transformation.update(
             jnp.ones((2, 2)),
             transformation.init(jnp.ones(2)),

@@ -41,19 +41,27 @@ def case(name):
 
 def test_segmentation():
     given = case("cross_entropy")
-    loss = dense.segmentation("s", 3).loss(channels_last(given["logits_CHW"]), flat(given["label_HW"]))
+    loss = dense.segmentation("s", 3).loss(
+        channels_last(given["logits_CHW"]), flat(given["label_HW"])
+    )
     np.testing.assert_allclose(loss, [GOLDEN["cross_entropy"]["output"]], rtol=1e-9)
     given = case("miou_percent")
     for classes in (7, 21):
         logits = jax.nn.one_hot(jnp.asarray(given["pred_HW"]), classes)[None]
-        ours = pooled(dense.segmentation("s", classes).metrics["miou"], logits, flat(given["gt_HW"]))
-        np.testing.assert_allclose(100 * ours, GOLDEN["miou_percent"][f"miou_{classes}_classes"], rtol=1e-9)
+        ours = pooled(
+            dense.segmentation("s", classes).metrics["miou"], logits, flat(given["gt_HW"])
+        )
+        np.testing.assert_allclose(
+            100 * ours, GOLDEN["miou_percent"][f"miou_{classes}_classes"], rtol=1e-9
+        )
 
 
 def test_saliency():
     given = case("balanced_cross_entropy_saliency")
     loss = dense.saliency().loss(channels_last(given["logits_CHW"]), flat(given["label_HW"]))
-    np.testing.assert_allclose(loss, [GOLDEN["balanced_cross_entropy_saliency"]["output"]], rtol=1e-8)
+    np.testing.assert_allclose(
+        loss, [GOLDEN["balanced_cross_entropy_saliency"]["output"]], rtol=1e-8
+    )
     given = case("saliency_maxF_percent")
     probability = jnp.asarray(given["prob_HW"])[None]
     logits = jnp.stack([jnp.log(1 - probability), jnp.log(probability)], axis=-1)
@@ -61,7 +69,9 @@ def test_saliency():
         ("paper", "fedhca2_repository"),
         ("released", "fmtl_bench_released_extra_sigmoid"),
     ):
-        ours = pooled(dense.saliency(fidelity=fidelity).metrics["max_f"], logits, flat(given["gt_HW"]))
+        ours = pooled(
+            dense.saliency(fidelity=fidelity).metrics["max_f"], logits, flat(given["gt_HW"])
+        )
         np.testing.assert_allclose(100 * ours, GOLDEN["saliency_maxF_percent"][name], rtol=1e-6)
     assert pooled(dense.saliency().metrics["max_iou"], logits, flat(given["gt_HW"])) == 1.0
 
@@ -69,7 +79,9 @@ def test_saliency():
 @pytest.mark.parametrize("weight", ["0.95", "0.8"])
 def test_edge_loss(weight):
     given = case("edge_weighted_bce")
-    loss = dense.edges(positive_weight=float(weight)).loss(flat(given["logit_HW"]), flat(given["label_HW"]))
+    loss = dense.edges(positive_weight=float(weight)).loss(
+        flat(given["logit_HW"]), flat(given["label_HW"])
+    )
     np.testing.assert_allclose(
         loss, [GOLDEN["edge_weighted_bce"]["outputs_by_pos_weight"][weight]], rtol=1e-8
     )
@@ -116,10 +128,18 @@ def test_nothing_valid_is_a_loss_of_zero_with_a_finite_gradient():
         (dense.pixel_regression("r"), 2),
     ):
         labels = jnp.full(
-            (2, 4, 4, 3 if task.name == "normals" else 1 if channels != 2 or task.name == "sal" else 2), 255.0
+            (
+                2,
+                4,
+                4,
+                3 if task.name == "normals" else 1 if channels != 2 or task.name == "sal" else 2,
+            ),
+            255.0,
         )
         outputs = jnp.ones((2, 4, 4, channels))
-        value, gradient = jax.value_and_grad(lambda o, t=task, y=labels: t.loss(o, y).sum())(outputs)
+        value, gradient = jax.value_and_grad(lambda o, t=task, y=labels: t.loss(o, y).sum())(
+            outputs
+        )
         assert value == 0 and not gradient.any()
         for metric in task.metrics.values():
             assert np.isfinite(pooled(metric, outputs, labels))
@@ -128,7 +148,11 @@ def test_nothing_valid_is_a_loss_of_zero_with_a_finite_gradient():
 def test_joint_task():
     task = tasks.joint({"depth": (dense.depth(), 2.0), "edge": (dense.edges(), 0.5)})
     outputs = {"depth": jnp.ones((1, 2, 2, 1)), "edge": jnp.zeros((1, 2, 2, 1))}
-    labels = {"depth": jnp.full((1, 2, 2, 1), 3.0), "edge": jnp.ones((1, 2, 2, 1)), "other": jnp.zeros((1,))}
+    labels = {
+        "depth": jnp.full((1, 2, 2, 1), 3.0),
+        "edge": jnp.ones((1, 2, 2, 1)),
+        "other": jnp.zeros((1,)),
+    }
     expected = 2.0 * 2 + 0.5 * 0.95 * np.log(2)
     np.testing.assert_allclose(task.loss(outputs, labels), [expected], rtol=1e-9)
     assert set(task.metrics) == {"depth/loss", "depth/rmse", "edge/loss", "edge/pixel_loss"}

@@ -96,7 +96,9 @@ def common_length(first, second):
     table = np.zeros((len(first) + 1, len(second) + 1), int)
     for i, a in enumerate(first, start=1):
         for j, b in enumerate(second, start=1):
-            table[i, j] = table[i - 1, j - 1] + 1 if a == b else max(table[i - 1, j], table[i, j - 1])
+            table[i, j] = (
+                table[i - 1, j - 1] + 1 if a == b else max(table[i - 1, j], table[i, j - 1])
+            )
     return table[-1, -1]
 
 
@@ -124,7 +126,9 @@ def test_rouge_of_tokens_equals_the_dynamic_program(hypotheses, references):
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, list(map(f1, hypotheses, references)), rtol=1e-5)
     # Symmetric, within bounds, and 100 exactly for equal sequences.
-    np.testing.assert_array_equal(scores, SCORE(padded(references, WIDTH), padded(hypotheses, WIDTH)))
+    np.testing.assert_array_equal(
+        scores, SCORE(padded(references, WIDTH), padded(hypotheses, WIDTH))
+    )
     assert (scores >= 0).all() and (scores <= 100).all()
     for hypothesis, reference, score in zip(hypotheses, references, scores, strict=True):
         assert (score == 100) == (hypothesis == reference and bool(hypothesis))
@@ -139,8 +143,14 @@ def test_rouge_of_tokens_ignores_padding_and_maps():
     stacked = jnp.stack([padded(first, 5), padded(second, 5)])
     mapped = jax.vmap(rouge.rouge_l_tokens)(stacked, stacked[::-1])
     np.testing.assert_array_equal(mapped, np.stack([plain, plain]))
-    assert rouge.rouge_l_tokens(jnp.zeros((2, 0), jnp.int32), padded(first, 5)[:2]).tolist() == [0, 0]
-    assert rouge.rouge_l_tokens(padded(first, 5)[:2], jnp.zeros((2, 0), jnp.int32)).tolist() == [0, 0]
+    assert rouge.rouge_l_tokens(jnp.zeros((2, 0), jnp.int32), padded(first, 5)[:2]).tolist() == [
+        0,
+        0,
+    ]
+    assert rouge.rouge_l_tokens(padded(first, 5)[:2], jnp.zeros((2, 0), jnp.int32)).tolist() == [
+        0,
+        0,
+    ]
 
 
 @SETTINGS

@@ -1,0 +1,1 @@
+"""Figures and tables beyond the report's."""

@@ -1,0 +1,1 @@
+"""Client updates: what one client does in a round."""

@@ -1,0 +1,1 @@
+"""What everything is made of: data of clients, samplers, batches, trees, models, tasks. Nothing in here knows flax."""

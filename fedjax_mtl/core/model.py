@@ -1,0 +1,27 @@
+"""A model is a pair of pure functions, and so is each part of a model that is cut. Flax (Linen) stays behind them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class Model(NamedTuple):
+    """A model.
+
+    Attributes:
+        init: ``key -> params``, a plain pytree.
+        apply: ``(params, inputs [batch, ...], key) -> outputs [batch, ...]``; a key means training (dropout), None evaluation.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
+
+
+class Part(NamedTuple):
+    """A piece of a cut model: ``init(key, inputs) -> params`` (inputs: arrays or shapes), ``apply(params, inputs) -> outputs``."""
+
+    init: Callable[[jax.Array, PyTree], PyTree]
+    apply: Callable[[PyTree, PyTree], PyTree]

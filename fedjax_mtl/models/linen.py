@@ -1,0 +1,35 @@
+"""From flax (Linen) modules to models: the one place where the library meets flax's variables."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fedjax_mtl.core.model import Model
+
+
+def from_flax(module: nn.Module, input_shape: tuple[int, ...], dtype: Any = jnp.float32) -> Model:
+    """Wraps a flax module whose ``__call__`` takes ``(inputs, train)`` and whose only collection is ``params``.
+
+    Args:
+        module: the module. input_shape, dtype: of one example.
+
+    Raises:
+        ValueError: (at init) the module has other collections, e.g. batch statistics; use GroupNorm or LayerNorm.
+    """
+
+    def init(key):
+        variables = module.init({"params": key}, jnp.zeros((1, *input_shape), dtype), False)
+        others = set(variables) - {"params"}
+        if others:
+            raise ValueError(
+                f"the model keeps {sorted(others)} beside its parameters, which federated averaging does not know how to "
+                "average; use GroupNorm or LayerNorm instead of BatchNorm"
+            )
+        return variables["params"]
+
+    def apply(params, inputs, key=None):
+        rngs = None if key is None else {"dropout": key}
+        return module.apply({"params": params}, inputs, key is not None, rngs=rngs)
+
+    return Model(init, apply)
