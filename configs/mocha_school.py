@@ -1,9 +1,10 @@
-"""MOCHA on the School data: exam scores of 139 schools, regression with the squared loss and mean regularisation.
+"""MOCHA on the School data: exam scores of 139 schools, squared loss and mean regularisation.
 
-    python -m experiments.run --config=configs/mocha_school.py --workdir=runs/school --config.data.path=school.mat
+    python -m experiments.run --config=configs/mocha_school.py --workdir=runs/school \\
+        --config.data.path=school.mat
 
-The file is not distributed here: MALSAR's ``school.mat``, or a .npz with X, y and task_sizes. With every fourth example as test set the optimum for coupling 2 and ridge 0.1 is reached (7102.171784; average RMSE 9.91, one model a school 10.31, one for all 10.21 by the reference).
-``quick`` makes few rounds.
+The file is not distributed here: give MALSAR's ``school.mat``, or a .npz with X, y and task_sizes.
+Results: section ``mocha_school`` of ``configs/README.md``. ``quick`` makes few rounds.
 """
 
 from configs import common
@@ -11,22 +12,28 @@ from configs import common
 
 def get_config(variant: str | None = None):
     options = common.parse_variant(variant, quick=False, data_seed=0)
-    data = {
-        "name": "task_table",
-        "path": "",
-        "preparation": common.preparation("squared", seed=options.data_seed, standardise="pooled"),
-    }
-    algorithm = common.dual_algorithms(
-        "mocha", penalty=1.0, relation="mean", coupling=2.0, ridge=0.001
-    )
-    for name in ("local_models", "global_model"):
-        algorithm[name]["penalty"] = 0.1 if name == "local_models" else 0.001
+    related = {"penalty": 1.0, "relationship": "mean(coupling=2.0, ridge=0.001)"}
     # The tightest safe bound: coupling is strong here.
-    algorithm["mocha"]["sigma_prime"] = "eigenvalue"
+    bound = {"sigma_prime": "eigenvalue", "measure_inexactness": True}
     return common.experiment(
-        data=data,
+        data={
+            "name": "task_table",
+            "preparation": {
+                "loss": "squared",
+                "seed": options.data_seed,
+                "standardise": "pooled",
+            },
+        },
         model={"name": "linear"},
-        algorithm=algorithm,
+        algorithm={
+            "name": "mocha",
+            "mocha": related | bound,
+            "cocoa": related,
+            "minibatch_sdca": related,
+            "minibatch_sgd": related,
+            "local_models": {"penalty": 0.1},
+            "global_model": {"penalty": 0.001},
+        },
         execution={"mode": "vmap", "precision": "double"},
         num_rounds=10 if options.quick else 500,
         eval_every=10 if options.quick else 50,

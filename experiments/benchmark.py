@@ -1,10 +1,17 @@
-"""Speed: clients per second of full FedAvg rounds, this library and its peers on the same data in the same run.
+"""Speed: clients per second of full FedAvg rounds, of this library and of others on the same data.
 
     python -m experiments.benchmark [--cores=one] [--peers] [--output=benchmark.json]
 
-Workloads (100 samples a client, one shuffled local epoch of SGD, weighted average): W1, the EMNIST CNN (two 3x3 convolutions of 32 and 64, pool, dense 128, 62 classes;
-batch 20, cohorts 10 and 50); W2, a 60-64-10 MLP and a 60-10 linear model (batch 10, cohort 1000). Every measurement is a process of its own, pinned to its cores, because thread pools are sized at start and
-one peer patches jax; compiling and the first round are not counted. Quote ratios of one run, not absolute figures: machines differ and are shared.
+A round is one shuffled local epoch of SGD over 100 samples a client, and a weighted average. There
+are two kinds of workload:
+
+- W1, the EMNIST CNN: two 3x3 convolutions of 32 and 64 channels, a pool, a dense layer of 128, 62
+  classes; batches of 20, cohorts of 10 and 50.
+- W2, a 60-64-10 MLP and a 60-10 linear model; batches of 10, a cohort of 1000.
+
+Every measurement is a process of its own, pinned to its cores, because thread pools are sized when
+a process starts and one peer patches jax. Compiling and the first round are not counted. Quote
+ratios of one run and not absolute figures: machines differ and are shared.
 """
 
 import argparse
@@ -15,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +41,10 @@ MODES = {
     "linear": ("default", "map", "chunk-10", "chunk-25", "chunk-50", "chunk-100", "vmap"),
 }
 SAMPLES, FEATURES = 100, 60
+ON_DEVICES = "@devices"
+
+
+# --- One measurement, in this process.
 
 
 def make_workload(name: str) -> peers.Workload:
@@ -53,74 +64,6 @@ def make_workload(name: str) -> peers.Workload:
     )
 
 
-def make_ours(
-    workload: peers.Workload, mode: str, num_devices: int
-) -> tuple[Callable[[], None], float]:
-    """One FedAvg round of this library, and the FLOPs of a round (of the gradients alone)."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from fedjax_mtl import (
-        algorithms,
-        costs,
-        default_execution,
-        make_execution,
-        make_federation,
-        models,
-        tasks,
-    )
-    from fedjax_mtl.core import batching, sampling
-
-    shape = workload.inputs.shape[2:]
-    model = {
-        "cnn": lambda: models.cnn(shape, 62, kernel=3, pools=(False, True), hidden=128),
-        "mlp": lambda: models.mlp(shape, 10, (64,)),
-        "linear": lambda: models.linear(shape, 10),
-    }[workload.name]()
-    kind, _, chunk = mode.partition("-")
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    if kind == "default":
-        execution = default_execution(params)
-        execution = make_execution(execution.mode, execution.chunk, num_devices)
-    else:
-        execution = make_execution(kind, int(chunk) if chunk else None, num_devices)
-    algorithm = algorithms.fedavg(
-        model,
-        tasks.classification(),
-        num_clients=workload.cohort,
-        plan=batching.epochs(1, workload.batch_size),
-        optimizer=optax.sgd(workload.learning_rate),
-        execution=execution,
-    )
-    rows = np.arange(workload.cohort * SAMPLES).reshape(workload.cohort, SAMPLES)
-    examples = {
-        "inputs": workload.inputs.reshape(-1, *shape),
-        "labels": workload.labels.reshape(-1),
-    }
-    federation = make_federation(examples, list(rows))
-    sampler = sampling.full_participation()
-
-    @jax.jit
-    def one_round(state, key, federation):
-        return algorithm.round(state, sampler(key, state.round, federation), key)[0]
-
-    held = [jax.jit(algorithm.init)(jax.random.key(0))]
-
-    def run() -> None:
-        held[0] = jax.block_until_ready(one_round(held[0], jax.random.key(1), federation))
-
-    def batch_gradient(params, inputs, labels):
-        return jax.grad(
-            lambda p: jnp.sum(tasks.classification().loss(model.apply(p, inputs, None), labels))
-        )(params)
-
-    batch = jax.ShapeDtypeStruct((workload.batch_size, *shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((workload.batch_size,), jnp.int32)
-    per_batch = costs.flops(batch_gradient, params, batch, labels)
-    return run, per_batch * workload.cohort * SAMPLES / workload.batch_size
-
-
 def matrix_product_rate() -> float:
     """FLOP/s of a 1024 x 1024 x 1024 float32 matrix product here: the roof of a round."""
     import jax
@@ -130,99 +73,164 @@ def matrix_product_rate() -> float:
     product = jax.jit(lambda a: a @ a)
     a = jnp.ones((size, size))
     jax.block_until_ready(product(a))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a))
-        seconds.append(time.perf_counter() - start)
+    seconds = [_seconds(lambda: jax.block_until_ready(product(a))) for _ in range(5)]
     return 2 * size**3 / min(seconds)
 
 
-def time_rounds(run: Callable[[], None], min_seconds: float) -> dict[str, Any]:
-    """Times rounds until ``min_seconds`` have passed, at least 5; the first, which compiles, apart."""
+def _seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
-    first = time.perf_counter() - start
+    return time.perf_counter() - start
+
+
+def time_rounds(run: Callable[[], None], min_seconds: float) -> tuple[float, list[float]]:
+    """Times rounds.
+
+    Args:
+        run: runs one round.
+        min_seconds: how much time the rounds take together at least; there are at least 5.
+
+    Returns:
+        The seconds of the first round, which compiles, and those of the rounds after the second.
+    """
+    first = _seconds(run)
     run()
     seconds: list[float] = []
     while sum(seconds) < min_seconds or len(seconds) < 5:
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return {"first_seconds": first, "seconds": seconds}
+        seconds.append(_seconds(run))
+    return first, seconds
 
 
 def measure(workload_name: str, what: str, num_devices: int, min_seconds: float) -> dict[str, Any]:
-    """One measurement, in this process."""
+    """Makes one measurement.
+
+    Args:
+        workload_name: one of ``WORKLOADS``.
+        what: a peer, or a mode of this library.
+        num_devices: over which this library splits the clients.
+        min_seconds: as for :func:`time_rounds`.
+
+    Returns:
+        Clients per second (``median``, ``best`` and ``worst`` of the rounds), ``first_seconds`` of
+        the round that compiles, and for this library the ``fraction_of_roof``, the FLOP/s reached
+        as a share of :func:`matrix_product_rate`.
+    """
     workload = make_workload(workload_name)
     result: dict[str, Any] = {"workload": workload_name, "what": what}
     if what in peers.PEERS:
-        result |= time_rounds(peers.PEERS[what](workload), min_seconds)
+        first, seconds = time_rounds(peers.PEERS[what](workload), min_seconds)
     else:
-        run, flops = make_ours(workload, what, num_devices)
-        result |= time_rounds(run, min_seconds)
-        roof = matrix_product_rate()
-        result["fraction_of_roof"] = flops / float(np.median(result["seconds"])) / roof
-    rates = workload.cohort / np.array(result.pop("seconds"))
-    result |= {
+        from experiments.benchmarks import ours
+
+        first, seconds = time_rounds(ours.make_round(workload, what, num_devices), min_seconds)
+        reached = ours.gradient_flops(workload) / float(np.median(seconds))
+        result["fraction_of_roof"] = reached / matrix_product_rate()
+    rates = workload.cohort / np.array(seconds)
+    return result | {
+        "first_seconds": first,
         "median": float(np.median(rates)),
         "best": float(rates.max()),
         "worst": float(rates.min()),
     }
-    return result
+
+
+def _print_measurement(workload: str, what: str, min_seconds: float) -> None:
+    """Measures here, and prints the result as one line of JSON for :func:`measure_apart`."""
+    num_devices = 1
+    if what.endswith(ON_DEVICES):
+        import jax
+
+        num_devices = jax.device_count()
+    found = measure(workload, what.removesuffix(ON_DEVICES), num_devices, min_seconds)
+    print(json.dumps(found | {"what": what}))
+
+
+# --- All measurements, each in a process of its own.
 
 
 def measure_apart(
-    workload: str, what: str, cores: list[int], min_seconds: float, python: str
+    workload: str, what: str, cores: Sequence[int], min_seconds: float, python: str
 ) -> dict[str, Any]:
-    """One measurement in a process of its own on these cores; sharded modes get a host device a core."""
-    command = [
-        python,
-        "-m",
-        "experiments.benchmark",
-        "--measure",
-        workload,
-        what,
-        "--seconds",
-        str(min_seconds),
-    ]
+    """Makes one measurement in a process of its own.
+
+    Args:
+        workload: one of ``WORKLOADS``.
+        what: a peer, or a mode of this library; one that ends in ``@devices`` gets a host device a
+            core, over which the clients are split.
+        cores: the process is pinned to them.
+        min_seconds: as for :func:`time_rounds`.
+        python: the interpreter.
+
+    Returns:
+        As :func:`measure`, or the last line of what went wrong as ``failed``.
+    """
+    measurement = ["--measure", workload, what, "--seconds", str(min_seconds)]
     environment = dict(
         os.environ,
         OMP_NUM_THREADS=str(len(cores)),
         JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", ""),
     )
-    if what.endswith("@devices"):
+    if what.endswith(ON_DEVICES):
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={len(cores)}"
+    pin = (lambda: os.sched_setaffinity(0, cores)) if hasattr(os, "sched_setaffinity") else None
     done = subprocess.run(
-        command,
+        [python, "-m", "experiments.benchmark", *measurement],
         env=environment,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: (
-            os.sched_setaffinity(0, cores) if hasattr(os, "sched_setaffinity") else None
-        ),
+        preexec_fn=pin,
     )
     if done.returncode:
         return {"workload": workload, "what": what, "failed": done.stderr.strip().splitlines()[-1:]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def suite(cores: list[int], with_peers: bool, min_seconds: float, python: str, names: list[str]):
-    """All measurements on these cores, as they come."""
-    for workload in names:
-        model = WORKLOADS[workload][0]
-        ours = list(MODES[model])
-        if len(cores) > 1:
-            ours.append("default@devices")
-        if WORKLOADS[workload][1] > 10 and model == "cnn":
-            ours.remove("loop")  # unrolled clients: compile time grows with the cohort
-        others = list(peers.PEERS) if with_peers else []
-        for what in [*ours, *others]:
-            yield measure_apart(workload, what, cores, min_seconds, python)
+def sides(workload: str, num_cores: int, with_peers: bool) -> list[str]:
+    """What is measured on a workload: modes of this library, and peers.
+
+    Args:
+        workload: one of ``WORKLOADS``.
+        num_cores: how many cores there are.
+        with_peers: whether peers are measured too.
+    """
+    model, cohort = WORKLOADS[workload]
+    # Unrolled clients compile in a time that grows with the cohort.
+    unrolled = cohort <= 10
+    ours = [mode for mode in MODES[model] if mode != "loop" or unrolled]
+    ours += [f"default{ON_DEVICES}"] if num_cores > 1 else []
+    return [*ours, *(peers.PEERS if with_peers else ())]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+def compare(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All measurements that the command line asks for, as they come."""
+    available = _available_cores()
+    sets = {"one": available[:1], "all": available}
+    chosen = ("one", "all") if arguments.cores == "both" else (arguments.cores,)
+    for name in chosen:
+        for workload in arguments.workloads:
+            for what in sides(workload, len(sets[name]), arguments.peers):
+                found = measure_apart(
+                    workload, what, sets[name], arguments.seconds, arguments.python
+                )
+                yield found | {"cores": name}
+
+
+def _available_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+
+
+def _line(found: dict[str, Any]) -> str:
+    head = f"{found['cores']:4} {found['workload']:12} {found['what']:16}"
+    if "failed" in found:
+        return f"{head} not measured: {' '.join(found['failed'])}"
+    line = f"{head} {found['median']:9.1f} ({found['worst']:.1f} - {found['best']:.1f})"
+    line += f"  first round {found['first_seconds']:.1f} s"
+    if "fraction_of_roof" in found:
+        line += f"  {100 * found['fraction_of_roof']:.0f} % of the matrix-product rate"
+    return line
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -239,46 +247,27 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--measure", nargs=2, metavar=("WORKLOAD", "WHAT"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    arguments = _parser().parse_args(argv)
     if arguments.measure:
         workload, what = arguments.measure
-        what, _, on = what.partition("@")
-        num_devices = 1
-        if on:
-            import jax
-
-            num_devices = jax.device_count()
-        found = measure(workload, what, num_devices, arguments.seconds)
-        print(json.dumps(found | {"what": arguments.measure[1]}))
+        _print_measurement(workload, what, arguments.seconds)
         return
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    sets = {"one": available[:1], "all": available}
-    chosen = ["one", "all"] if arguments.cores == "both" else [arguments.cores]
-    results = []
     print(
-        f"{platform.machine()}, {len(available)} cores; clients per second: median (worst - best)",
+        f"{platform.machine()}, {len(_available_cores())} cores; "
+        "clients per second: median (worst - best)",
         flush=True,
     )
-    for name in chosen:
-        for found in suite(
-            sets[name], arguments.peers, arguments.seconds, arguments.python, arguments.workloads
-        ):
-            found["cores"] = name
-            results.append(found)
-            print(_line(found), flush=True)
+    results = []
+    for found in compare(arguments):
+        results.append(found)
+        print(_line(found), flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def _line(found: dict[str, Any]) -> str:
-    head = f"{found['cores']:4} {found['workload']:12} {found['what']:16}"
-    if "failed" in found:
-        return f"{head} not measured: {' '.join(found['failed'])}"
-    line = f"{head} {found['median']:9.1f} ({found['worst']:.1f} - {found['best']:.1f})"
-    line += f"  first round {found['first_seconds']:.1f} s"
-    if "fraction_of_roof" in found:
-        line += f"  {100 * found['fraction_of_roof']:.0f} % of the matrix-product rate"
-    return line
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Work directories -> tables (terminal, Markdown, LaTeX) and figures.
+"""Turns work directories into tables (terminal, Markdown and LaTeX) and figures.
 
 python -m experiments.report runs/fedem runs/fedavg runs/local --output=runs/report
 """
@@ -7,7 +7,7 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,37 +15,74 @@ import rich.console
 import rich.table
 
 from experiments.outputs import comparisons, plots, workdir
-from fedjax_mtl import tasks
+from experiments.outputs.comparisons import Descriptions
+from fedjax_mtl.core.checks import InputError
+from fedjax_mtl.tasks import Description
 
-# Runs that differ only in data.seed are one row: seeds of the partition count like seeds of the training.
-# (split, metric, heading); larger is better for all but losses and errors.
-COLUMNS = (
-    ("train_clients", "accuracy", "accuracy"),
-    ("train_clients", "accuracy_bottom_decile", "bottom decile"),
-    ("train_clients", "accuracy_mean", "mean over clients"),
-    ("unseen_clients", "accuracy", "unseen clients"),
-    ("train_clients", "squared_error", "squared error"),
-    ("train_clients", "normalised_error_mean", "normalised error"),
-    ("train_clients", "normalised_error_worst_tenth", "worst task"),
-    ("train_clients", "loss", "test loss"),
+# What is shown of the primary metric of a run with one task: split, suffix and heading.
+SUMMARIES = (
+    ("train_clients", "", ""),
+    ("train_clients", "_mean", "mean over clients"),
+    ("train_clients", "_bottom_decile", "bottom decile"),
+    ("train_clients", "_worst_tenth", "worst tenth"),
+    ("unseen_clients", "", "unseen clients"),
 )
 
+Row = list[tuple[str, bool]]
+"""The cells of one run: the text, and whether it is the best of its column."""
 
-def columns_of(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """The columns for which some run has values; of heterogeneous populations each task's primary metric."""
-    chosen = [c for c in COLUMNS if any(_value(s, c[0], c[1]) for s in summaries.values())]
-    if chosen:
-        return chosen
-    names = next(iter(summaries.values()))["metrics"].get("train_clients", {})
-    groups: dict[str, dict[str, str]] = {}
-    for name in names:
-        group_name, _, metric = name.partition("/")
-        groups.setdefault(group_name, {})[metric] = metric
-    return [
-        ("train_clients", f"{group_name}/{metric}", f"{group_name} {metric.rpartition('/')[2]}")
-        for group_name, metrics in groups.items()
-        for metric in comparisons.primary_metrics(metrics).values()
+
+class Column(NamedTuple):
+    """A column of a table of runs.
+
+    Attributes:
+        split: of the clients.
+        metric: as the summary names it.
+        heading: without the unit.
+        described: how the metric is to be read.
+    """
+
+    split: str
+    metric: str
+    heading: str
+    described: Description
+
+
+def columns_of(summaries: Mapping[str, dict[str, Any]], descriptions: Descriptions) -> list[Column]:
+    """The columns for which some run has values.
+
+    Of runs with one task these are its primary metric by :data:`SUMMARIES` and its loss, of runs
+    with several tasks or groups of clients the primary metric of each.
+    """
+    primary = [name for name, described in descriptions.items() if described.primary]
+    if len(primary) == 1:
+        (metric,) = primary
+        wanted = [
+            (split, f"{metric}{suffix}", heading or _words(metric))
+            for split, suffix, heading in SUMMARIES
+        ]
+        wanted += [("train_clients", "loss", "test loss")] if metric != "loss" else []
+    else:
+        headings = _headings(primary)
+        wanted = [("train_clients", name, headings[name]) for name in primary]
+    columns = [
+        Column(split, metric, heading, descriptions[metric])
+        for split, metric, heading in wanted
+        if metric in descriptions
     ]
+    return [c for c in columns if any(_value(s, c) is not None for s in summaries.values())]
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _headings(names: list[str]) -> dict[str, str]:
+    """``<group> <metric>`` for names ``<group>/<task>/<metric>``, with the task where needed."""
+    parts = {name: [*name.split("/")[:-1], _words(name.split("/")[-1])] for name in names}
+    short = {name: " ".join(dict.fromkeys((own[0], own[-1]))) for name, own in parts.items()}
+    unclear = {name for name in names if list(short.values()).count(short[name]) > 1}
+    return {name: " ".join(parts[name]) if name in unclear else short[name] for name in names}
 
 
 def load(directory: pathlib.Path) -> dict[str, Any]:
@@ -63,39 +100,56 @@ def load(directory: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _value(summary: dict[str, Any], split: str, metric: str) -> tuple[float, float] | None:
-    entry = summary["metrics"].get(split, {}).get(metric)
+def _value(summary: dict[str, Any], column: Column) -> tuple[float, float] | None:
+    entry = summary["metrics"].get(column.split, {}).get(column.metric)
     return None if entry is None else (entry["final_mean"], entry["final_std"])
 
 
-def table(summaries: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Headings, and for each run its cells ``(text, best)``: final mean ± std over seeds, accuracies in percent."""
-    columns = columns_of(summaries)
-    headings = ["", *(heading for _, _, heading in columns)]
-    best = {}
-    for split, metric, _ in columns:
-        # Compared as printed, so that all of a tie are marked.
-        shown = [_cell(_value(s, split, metric), metric) for s in summaries.values()]
-        means = [float(cell.split(" ")[0]) for cell in shown if cell != "-"]
-        best[split, metric] = min(means) if tasks.lower_is_better(metric) else max(means)
-    rows = []
-    for name, summary in summaries.items():
-        row = [(name, False)]
-        for split, metric, _ in columns:
-            cell = _cell(_value(summary, split, metric), metric)
-            row.append((cell, cell != "-" and float(cell.split(" ")[0]) == best[split, metric]))
-        rows.append(row)
+def table(
+    summaries: Mapping[str, dict[str, Any]], descriptions: Descriptions
+) -> tuple[list[str], list[Row]]:
+    """Headings, and the cells of each run: final mean ± std over seeds, shares in percent.
+
+    Args:
+        summaries: by the run's name.
+        descriptions: how their metrics are to be read.
+    """
+    columns = columns_of(summaries, descriptions)
+    headings = ["", *(comparisons.with_unit(c.heading, c.described) for c in columns)]
+    cells = [[_cell(_value(summary, c), c) for c in columns] for summary in summaries.values()]
+    # Compared as printed, so that all of a tie are marked.
+    best = [
+        _best([row[place] for row in cells], column.described)
+        for place, column in enumerate(columns)
+    ]
+    rows = [
+        [
+            (name, False),
+            *((text, _number(text) == top) for text, top in zip(row, best, strict=True)),
+        ]
+        for name, row in zip(summaries, cells, strict=True)
+    ]
     return headings, rows
 
 
-def _cell(value: tuple[float, float] | None, metric: str) -> str:
+def _number(cell: str) -> float | None:
+    return None if cell == "-" else float(cell.split(" ")[0])
+
+
+def _best(cells: list[str], described: Description) -> float:
+    numbers = [number for cell in cells if (number := _number(cell)) is not None]
+    return max(numbers) if described.higher_is_better else min(numbers)
+
+
+def _cell(value: tuple[float, float] | None, column: Column) -> str:
     if value is None:
         return "-"
-    scale, digits = (1, 3) if tasks.lower_is_better(metric) else (100, 1)
+    scale, unit = comparisons.shown_unit(column.described)
+    digits = 1 if unit == "%" else 3
     return f"{scale * value[0]:.{digits}f} ± {scale * value[1]:.{digits}f}"
 
 
-def markdown(headings: list[str], rows: list[list[tuple[str, bool]]]) -> str:
+def markdown(headings: list[str], rows: list[Row]) -> str:
     """A Markdown table, the best of each column in bold."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:
@@ -105,7 +159,7 @@ def markdown(headings: list[str], rows: list[list[tuple[str, bool]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def latex(headings: list[str], rows: list[list[tuple[str, bool]]]) -> str:
+def latex(headings: list[str], rows: list[Row]) -> str:
     """A LaTeX tabular (booktabs), the best of each column in bold."""
 
     def escape(text: str) -> str:
@@ -120,7 +174,7 @@ def latex(headings: list[str], rows: list[list[tuple[str, bool]]]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def show(headings: list[str], rows: list[list[tuple[str, bool]]], title: str) -> None:
+def show(headings: list[str], rows: list[Row], title: str) -> None:
     """Prints the table on the terminal."""
     output = rich.table.Table(title=title, title_justify="left")
     for heading in headings:
@@ -131,12 +185,21 @@ def show(headings: list[str], rows: list[list[tuple[str, bool]]], title: str) ->
 
 
 class Runs(NamedTuple):
-    """Runs that differ in nothing but the seed of their data; their seeds are pooled."""
+    """Runs that differ in nothing but the seed of their data; their seeds are pooled.
+
+    Attributes:
+        name: in the report.
+        directories: of the runs.
+        summary: as of one run with all their seeds.
+        rows: the metric rows of all.
+        descriptions: how their metrics are to be read.
+    """
 
     name: str
     directories: list[pathlib.Path]
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
+    descriptions: Descriptions
 
 
 def _settings(directory: pathlib.Path) -> tuple[dict[str, Any], int | None]:
@@ -162,7 +225,7 @@ def _pool(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _names(directories: list[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """The names of a sweep's directories without their part for ``data.seed``, where these still differ."""
+    """The names of a sweep's directories, without ``data.seed=`` where they differ without it."""
     short = [
         "-".join(part for part in directory.name.split("-") if not part.startswith("data.seed="))
         for directory in directories
@@ -174,7 +237,14 @@ def _names(directories: list[pathlib.Path]) -> dict[pathlib.Path, str]:
 
 
 def group(directories: list[pathlib.Path]) -> list[Runs]:
-    """Pools runs that differ only in ``data.seed``, in the order given; named by algorithm where these differ, else by directory, without ``data.seed=``."""
+    """Pools runs that differ only in ``data.seed``, in the order given.
+
+    They are named by algorithm where these differ, else by directory, without ``data.seed=``.
+
+    Raises:
+        FileNotFoundError: a run has not finished, or does not say how its metrics are to be read.
+        InputError: two runs of the same name, or pooled runs that describe a metric differently.
+    """
     groups: dict[str, list[pathlib.Path]] = {}
     for directory in directories:
         load(directory)
@@ -190,10 +260,14 @@ def group(directories: list[pathlib.Path]) -> list[Runs]:
             for row in workdir.read_rows(directory / "metrics.jsonl")
         ]
         name = algorithm if by_algorithm else names[members[0]]
-        runs.append(Runs(name, members, _pool([load(d) for d in members]), rows))
+        descriptions = comparisons.merge_descriptions(
+            workdir.describe_metrics(workdir.read_tasks(directory)) for directory in members
+        )
+        runs.append(Runs(name, members, _pool([load(d) for d in members]), rows, descriptions))
     if len({run.name for run in runs}) != len(runs):
-        raise ValueError(
-            f"two runs have the same name ({', '.join(run.name for run in runs)}); rename a directory"
+        raise InputError(
+            f"two runs have the same name ({', '.join(run.name for run in runs)}); "
+            "rename a directory"
         )
     return runs
 
@@ -209,23 +283,29 @@ def _spread(values: list[float], digits: int) -> str:
 def improvement_columns(
     runs: list[Runs], reference: str, rounds: Sequence[int]
 ) -> tuple[list[str], list[list[str]]]:
-    """The improvement over the last round of the run ``reference``, at these rounds or, without any, at each run's last.
+    """Headings and columns with the improvement over the last round of the run ``reference``.
+
+    Args:
+        runs: one line each.
+        reference: the name of one of them.
+        rounds: at which the improvement is given; without any, at each run's last.
 
     Raises:
-        ValueError: no such run, or a round at which a run was not evaluated.
+        InputError: no such run, or a round at which a run was not evaluated.
     """
     base = next((run for run in runs if run.name == reference), None)
     if base is None:
-        raise ValueError(
+        raise InputError(
             f"no run is called {reference!r}; there are {', '.join(run.name for run in runs)}"
         )
-    gains = [comparisons.improvements(run.rows, base.rows) for run in runs]
+    descriptions = comparisons.merge_descriptions(run.descriptions for run in runs)
+    gains = [comparisons.improvements(run.rows, base.rows, descriptions) for run in runs]
     if not rounds:
         return [f"improvement over {reference} in %"], [[_spread(g[max(g)], 1) for g in gains]]
     for run, gain in zip(runs, gains, strict=True):
         if missing := sorted(set(rounds) - set(gain)):
             known = ", ".join(map(str, gain))
-            raise ValueError(f"{run.name} was not evaluated at round {missing[0]}, but at {known}")
+            raise InputError(f"{run.name} was not evaluated at round {missing[0]}, but at {known}")
     headings = [f"improvement over {reference} at round {number} in %" for number in rounds]
     return headings, [[_spread(gain[number], 1) for gain in gains] for number in rounds]
 
@@ -233,12 +313,19 @@ def improvement_columns(
 def compared(
     runs: list[Runs], reference: str | None, target: str | None, rounds: Sequence[int] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Further columns: the improvement over the run ``reference`` (see :func:`improvement_columns`), and the rounds to ``target`` (``metric=value``).
+    """Further headings, and the further cells of each run.
+
+    Args:
+        runs: one line each.
+        reference: a run over which the improvement is given; see :func:`improvement_columns`.
+        target: ``metric=value``, to which the rounds are counted.
+        rounds: at which the improvement is given.
 
     Raises:
-        ValueError: no such run or round, or a target that cannot be read.
+        InputError: no such run or round, or a target that cannot be read.
     """
-    headings, columns = [], []
+    headings: list[str] = []
+    columns: list[list[str]] = []
     if reference is not None:
         headings, columns = improvement_columns(runs, reference, rounds)
     if target is not None:
@@ -246,12 +333,11 @@ def compared(
         try:
             level = float(value)
         except ValueError:
-            raise ValueError(f"--target={target} does not look like metric=value") from None
+            raise InputError(f"--target={target} does not look like metric=value") from None
         headings.append(f"rounds to {target}")
-        columns.append([_spread(comparisons.rounds_to(run.rows, metric, level), 0) for run in runs])
-    return headings, [list(row) for row in zip(*columns, strict=True)] if columns else [
-        [] for _ in runs
-    ]
+        reached = [comparisons.rounds_to(run.rows, metric, level, run.descriptions) for run in runs]
+        columns.append([_spread(numbers, 0) for numbers in reached])
+    return headings, [[column[place] for column in columns] for place in range(len(runs))]
 
 
 def report(
@@ -261,16 +347,23 @@ def report(
     target: str | None = None,
     rounds: Sequence[int] = (),
 ) -> None:
-    """Writes report.md, report.tex, curves and clients (.png and .pdf) into ``output``, and prints the table.
+    """Writes report.md, report.tex, curves and clients (.png and .pdf), and prints the table.
 
     Args:
-        reference: a run over which the others' improvement is given, at their last round or at ``rounds``. target: ``metric=value``, to which the rounds are counted.
+        directories: of finished runs.
+        output: the directory for the files.
+        reference: a run over which the others' improvement is given.
+        target: ``metric=value``, to which the rounds are counted.
+        rounds: at which the improvement is given; without any, at each run's last.
 
     Raises:
-        FileNotFoundError: a run has not finished. ValueError: different runs of the same name, no such reference, round or metric.
+        FileNotFoundError: a run has not finished, or does not say how its metrics are to be read.
+        InputError: different runs of the same name or with different descriptions of a metric, no
+            such reference, round or metric.
     """
     runs = group(directories)
-    headings, cells = table({run.name: run.summary for run in runs})
+    descriptions = comparisons.merge_descriptions(run.descriptions for run in runs)
+    headings, cells = table({run.name: run.summary for run in runs}, descriptions)
     more, extra = compared(runs, reference, target, rounds)
     headings += more
     cells = [row + [(text, False) for text in own] for row, own in zip(cells, extra, strict=True)]
@@ -279,9 +372,9 @@ def report(
     (output / "report.md").write_text(markdown(headings, cells))
     (output / "report.tex").write_text(latex(headings, cells))
     logged = {run.name: run.rows for run in runs}
-    plots.curves(logged, output / "curves")
-    plots.client_distributions(logged, output / "clients")
-    show(headings, cells, f"final mean ± std over {counts} seeds; accuracies in %")
+    plots.curves(logged, descriptions, output / "curves")
+    plots.client_distributions(logged, descriptions, output / "clients")
+    show(headings, cells, f"final mean ± std over {counts} seeds")
     rich.console.Console(soft_wrap=True).print(
         f"written: {output}/report.md, report.tex, curves.png, clients.png (and .pdf)",
         highlight=False,
@@ -309,7 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.rounds and arguments.reference is None:
         parser.error(
-            "--rounds says where the improvement over a run is given; name that run with --reference"
+            "--rounds says where the improvement over a run is given; "
+            "name that run with --reference"
         )
     try:
         report(
@@ -319,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.target,
             arguments.rounds,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,121 +1,154 @@
 """One config -> one work directory: metrics, summary, curves, TensorBoard events, checkpoints.
 
-    python -m experiments.run --config=configs/fedem_digits.py --workdir=runs/fedem [--config.client.batch_size=16 ...]
+    python -m experiments.run --config=configs/fedem_digits.py --workdir=runs/fedem \\
+        --config.client.batch_size=16
 
-Started again on the same directory it goes on where it was, and ends with the same numbers, bit for bit.
+Started again on the same directory it goes on where it was, and ends with the same numbers, bit for
+bit.
 """
 
+import contextlib
+import functools
+import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import build
-from experiments.outputs import answers, plots, telemetry, workdir
-from experiments.outputs.checkpoints import Checkpoints
+from experiments import assembly
+from experiments.outputs import answers, comparisons, plots, telemetry, workdir
 from experiments.outputs.progress import Progress
-from experiments.problems.base import PopulationProblem
-from experiments.settings import choose
+from experiments.outputs.stages import StageCheckpoints, as_stages, begin, ends, stage_name
+from experiments.plan import PRECISIONS, Plan, make_plan
 from fedjax_mtl import (
     Algorithm,
+    Block,
     Execution,
-    Splits,
+    Stage,
     evaluate_clients,
-    evaluate_population,
     models,
     simulate_blocks,
     summarise_clients,
     tasks,
 )
 from fedjax_mtl.core import sampling
-from fedjax_mtl.simulate import num_clients
+from fedjax_mtl.core.algorithm import ByGroup
+from fedjax_mtl.data.problem import Generation, Problem
+from fedjax_mtl.rounds.infos import describe_info
+from fedjax_mtl.simulation import stage_of
 
 PyTree = Any
 
-# What the progress bar and the final line show.
-_SHOWN = ("error", "rmse", "accuracy", "accuracy_bottom_decile", "normalised_error", "loss")
 
+def make_evaluation(problem: Problem, execution: Execution, batch_size: int) -> Callable[..., Any]:
+    """``(algorithm, state, splits, key) -> {split: {metric: [clients]}}``, on clients' test data.
 
-def make_evaluation(problem: build.Problem, execution: Execution, batch_size: int):
-    """``(algorithm, state, splits, key) -> {split: {metric: [clients]}}``, on each client's test data.
+    Training clients are judged as they are (after tuning, where that is the algorithm); held-out
+    clients after ``adapt`` on their own training data. Splits of clients that come in groups are
+    called ``<split>/<group>``.
 
-    Training clients are judged as they are (after tuning, where that is the algorithm); held-out clients after ``adapt`` on their own
-    training data.
+    Args:
+        problem: what is learned; its ``splits`` are what the evaluation takes.
+        execution: how clients are mapped.
+        batch_size: rows of a client that are judged at once.
     """
 
-    def evaluate_groups(algorithm, state, splits, key):
-        del key
-        judge = evaluate_population(algorithm, problem.tasks, execution, batch_size)
-        return {f"train_clients/{name}": own for name, own in judge(state, splits.test).items()}
-
     def evaluate(
-        algorithm: Algorithm, state: PyTree, splits: Splits, key: jax.Array
+        algorithm: Algorithm, state: PyTree, splits: PyTree, key: jax.Array
     ) -> dict[str, dict[str, jax.Array]]:
         judge = evaluate_clients(algorithm, problem.task, execution, batch_size)
         served = algorithm.adapt(state, splits.train, key) if algorithm.tuned else state
-        results = {"train_clients": judge(served, splits.test)}
+        found = {"train_clients": judge(served, splits.test)}
         if splits.unseen_train is not None:
             adapted = algorithm.adapt(state, splits.unseen_train, key)
-            results["unseen_clients"] = judge(adapted, splits.unseen_test)
-        return results
+            found["unseen_clients"] = judge(adapted, splits.unseen_test)
+        if not problem.grouped:
+            return found
+        return {
+            f"{split}/{name}": own
+            for split, groups in found.items()
+            for name, own in groups.items()
+        }
 
-    return evaluate_groups if isinstance(problem, PopulationProblem) else evaluate
+    return evaluate
 
 
 class Judged(NamedTuple):
-    """What an entry of an evaluation is about: a split of clients, of one group (or ``None``), their task and test sizes."""
+    """What an entry of an evaluation is about: a split of clients, their task, their test sizes."""
 
     split: str
-    group: str | None
-    task: str
+    task: workdir.JudgedTask
     sizes: np.ndarray
 
 
-def judged(problem: build.Problem | PopulationProblem) -> dict[str, Judged]:
+def judged(problem: Problem) -> dict[str, Judged]:
     """The entries that :func:`make_evaluation` returns."""
-    splits = problem.splits
-    if isinstance(problem, PopulationProblem):
-        return {
-            f"train_clients/{name}": Judged(
-                "train_clients", name, problem.tasks[name].name, np.asarray(own.sizes)
-            )
-            for name, own in splits.test.items()
-        }
-    entries = {
-        "train_clients": Judged(
-            "train_clients", None, problem.task.name, np.asarray(splits.test.sizes)
-        )
-    }
-    if splits.unseen_test is not None:
-        sizes = np.asarray(splits.unseen_test.sizes)
-        entries["unseen_clients"] = Judged("unseen_clients", None, problem.task.name, sizes)
+    of_group = {task.group: task for task in _group_tasks(problem)}
+    entries = {}
+    for name, group in problem.groups.items():
+        task = of_group[name if problem.grouped else None]
+        tests = {"train_clients": group.splits.test, "unseen_clients": group.splits.unseen_test}
+        for split, test in tests.items():
+            if test is not None:
+                entry = f"{split}/{name}" if problem.grouped else split
+                entries[entry] = Judged(split, task, np.asarray(test.sizes))
     return entries
 
 
+def _group_tasks(problem: Problem) -> list[workdir.JudgedTask]:
+    return [
+        workdir.JudgedTask(
+            own.task.name, tasks.describe(own.task), name if problem.grouped else None
+        )
+        for name, own in problem.groups.items()
+    ]
+
+
+def judged_tasks(problem: Problem) -> list[workdir.JudgedTask]:
+    """All that a run's rows about clients can be on, for its ``tasks.json``."""
+    own = _group_tasks(problem)
+    return own if problem.generation is None else [*own, answers.TASK]
+
+
 def rows_of(
-    block, seeds: tuple[int, ...], about: dict[str, Judged], per_client: bool
+    block: Block,
+    seeds: tuple[int, ...],
+    about: dict[str, Judged],
+    per_client: bool,
+    stage: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The metrics of a block as rows, in an order that is always the same."""
+    """The metrics of a block as rows, in an order that is always the same.
+
+    Of a round's info only scalars are logged, as means over the rounds of the block; rounds that
+    nobody attended enter none.
+
+    Args:
+        block: what the simulation yielded.
+        seeds: of the block's leading axis.
+        about: what the entries of its evaluation are about, see :func:`judged`.
+        per_client: whether every client gets a row of its own too.
+        stage: the name of the block's stage; None in a run that has one.
+    """
     evaluation, history = jax.device_get((block.evaluation, block.metrics))
     rows = []
     for index, seed in enumerate(seeds):
-        head = {"round": block.round, "seed": seed}
-        if history:
-            means = {
-                name: float(np.mean(values[index])) for name, values in sorted(history.items())
-            }
+        head: dict[str, Any] = {"round": block.round, "seed": seed}
+        head |= {} if stage is None else {"stage": stage}
+        scalars = {name: values[index] for name, values in history.items() if values.ndim == 2}
+        if scalars:
+            means = {name: _mean_of_rounds(values) for name, values in sorted(scalars.items())}
             rows.append({**head, "split": "server", **means})
         for entry in sorted(evaluation):
             of = about[entry]
             own = {name: values[index] for name, values in sorted(evaluation[entry].items())}
-            summary = summarise_clients(own, of.sizes)
-            named = {"split": of.split, "task": of.task} | ({"group": of.group} if of.group else {})
+            summary = summarise_clients(own, of.sizes, of.task.metrics)
+            named = {"split": of.split, "task": of.task.name}
+            named |= {} if of.task.group is None else {"group": of.task.group}
             rows.append({**head, **named, **{k: float(v) for k, v in summary.items()}})
             if per_client:
                 rows += [
@@ -125,33 +158,48 @@ def rows_of(
     return rows
 
 
+def _mean_of_rounds(values: np.ndarray) -> float:
+    """The mean over those rounds of a block that have a value; NaN where none has."""
+    there = values[~np.isnan(values)]
+    return float(np.mean(there)) if len(there) else float("nan")
+
+
 def answer_rows(
-    round_index: int, problem: build.Problem, scores: dict[int, np.ndarray]
+    round_index: int, asked: Generation, scores: dict[int, np.ndarray]
 ) -> list[dict[str, Any]]:
     """ROUGE-L of the clients' answers as rows, by seed: over clients, and client by client."""
-    sizes = np.asarray(problem.generation.federation.sizes)
+    sizes = np.asarray(asked.federation.sizes)
     rows = []
     for seed, values in scores.items():
-        head = {"round": round_index, "seed": seed, "split": "train_clients", "task": "answers"}
-        summary = summarise_clients({"rouge_l": values}, sizes)
+        head = {"round": round_index, "seed": seed, "split": "train_clients"}
+        head["task"] = answers.TASK.name
+        summary = summarise_clients({"rouge_l": values}, sizes, answers.TASK.metrics)
         rows.append({**head, **{name: float(value) for name, value in summary.items()}})
         rows += [{**head, "client": c, "rouge_l": float(value)} for c, value in enumerate(values)]
     return rows
 
 
-def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Per split and metric (``<group>/<metric>`` where there are groups): the final value of every seed, final and best mean and std over seeds.
+def summarise(
+    rows: list[dict[str, Any]], seeds: tuple[int, ...], descriptions: dict[str, tasks.Description]
+) -> dict[str, Any]:
+    """Per split and metric: the final value of every seed, final and best mean and std over seeds.
 
-    Best is the best mean over rounds: the highest, for losses and errors the lowest.
+    Best is the best mean over rounds. A number of which nobody says whether more or less of it is
+    better has none.
+
+    Args:
+        rows: of the whole run.
+        seeds: in the order of the values.
+        descriptions: how the values about clients are to be read; see ``workdir.describe_metrics``.
     """
     table: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
     for row in rows:
         if "client" in row:
             continue
         for name, value in row.items():
-            if name in ("round", "seed", "split", "task", "group"):
+            if name in ("round", "seed", "stage", "split", "task", "group"):
                 continue
-            full = f"{row['group']}/{name}" if "group" in row else name
+            full = workdir.full_name(name, row.get("group"))
             by_round = table.setdefault(row["split"], {}).setdefault(full, {})
             by_round.setdefault(row["round"], {})[row["seed"]] = value
     summary: dict[str, Any] = {}
@@ -160,94 +208,139 @@ def summarise(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> dict[str, A
             rounds = sorted(by_round)
             values = np.array([[by_round[r][s] for s in seeds] for r in rounds])
             means = values.mean(axis=1)
-            best = int(np.argmin(means) if tasks.lower_is_better(name) else np.argmax(means))
-            summary.setdefault(split, {})[name] = {
+            entry = {
                 "final": values[-1].tolist(),
                 "final_mean": float(means[-1]),
                 "final_std": float(values[-1].std()),
-                "best_mean": float(means[best]),
-                "best_std": float(values[best].std()),
-                "best_round": rounds[best],
             }
+            described = describe_info(name) if split == "server" else descriptions.get(name)
+            if described is not None and not np.isnan(means).all():
+                better = np.nanargmax if described.higher_is_better else np.nanargmin
+                best = int(better(means))
+                entry["best_mean"] = float(means[best])
+                entry["best_std"] = float(values[best].std())
+                entry["best_round"] = rounds[best]
+            summary.setdefault(split, {})[name] = entry
     return summary
 
 
 class Prepared(NamedTuple):
-    """A run that has been checked: its data, algorithm, execution, sampler, and what puts a base model's weights into its first state (or None)."""
+    """A run that has been checked; nothing is written, trained or loaded yet but its data.
 
-    problem: build.Problem | PopulationProblem
-    algorithm: Algorithm
+    Attributes:
+        plan: what its config says.
+        problem: what it learns.
+        stages: how; one for an algorithm alone.
+        execution: how clients are mapped.
+        sampler: who takes part in a round.
+    """
+
+    plan: Plan
+    problem: Problem
+    stages: list[Stage]
     execution: Execution
     sampler: sampling.Sampler | sampling.PopulationSampler
-    initial: Callable[[PyTree], PyTree] | None
 
 
-def prepare(config: ml_collections.ConfigDict, fresh: bool = True) -> Prepared:
-    """Builds all objects of a run and traces one round, which finds whatever can be wrong before anything is written.
+class Made:
+    """What several runs of one sweep share: data sets and base models, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def problem(self, plan: Plan) -> Problem:
+        """The data of a plan."""
+        said = {"data": plan.settings["data"], "steps": plan.pretraining.values["steps"] > 0}
+        return self._once(plan, said, lambda: assembly.make_problem(plan))
+
+    def base(self, plan: Plan, problem: Problem) -> PyTree | None:
+        """The frozen weights under adapters, or None."""
+        said = {name: plan.settings[name] for name in ("data", "pretraining")}
+        said["model"] = {k: v for k, v in plan.settings["model"].items() if k != "adapters"}
+        if plan.adapters is None:
+            return None
+        return self._once(plan, said, lambda: assembly.make_base(plan, problem))
+
+    def _once(self, plan: Plan, said: dict[str, Any], make: Callable[[], Any]) -> Any:
+        key = json.dumps([plan.mapped.precision, said], sort_keys=True)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def _precision(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    return jax.enable_x64(PRECISIONS[plan.mapped.precision])
+
+
+def prepare(plan: Plan, made: Made) -> Prepared:
+    """Builds all objects of a run and traces one round.
+
+    That finds whatever can be wrong before anything is written.
 
     Args:
-        fresh: False for a run that will be taken up from a checkpoint, which holds a base model's weights already.
+        plan: what the config says.
+        made: data that other runs have loaded.
 
     Raises:
-        ValueError, FileNotFoundError: naming the field and the remedy.
+        InputError: something that does not fit, naming the field and the remedy.
+        FileNotFoundError: a file that is not there.
     """
-    build.check_fields(config)
-    check_counts(config)
-    problem = build.make_problem(config)
-    algorithm, execution = build.make_algorithm(config, problem)
-    train = problem.splits.train
-    sampler = build.make_sampler(config, num_clients(train))
+    with _precision(plan):
+        problem = made.problem(plan)
+        made_of, execution = assembly.make_algorithm(plan, problem)
+        stages = as_stages(made_of, plan.course.num_rounds)
+        algorithm, _ = stages[0].build(None)
+        train: ByGroup = problem.splits.train
+        sampler = assembly.make_sampler(plan, problem.num_clients)
 
-    def first_round(key):
-        return algorithm.round(algorithm.init(key), sampler(key, 0, train), key)
+        def first_round(key: jax.Array) -> PyTree:
+            return algorithm.round(algorithm.init(key), sampler(key, 0, train), key)
 
-    jax.eval_shape(first_round, jax.random.key(0))
-    if getattr(problem, "generation", None) is not None:
-        jax.eval_shape(
-            answers.make_generation(config, problem),
-            jax.eval_shape(algorithm.init, jax.random.key(0)),
-        )
-    base = build.make_base(config, problem) if fresh else None
-    initial = None
-    if base is not None:
-
-        def initial(state):
-            return state._replace(params=models.adapters.load_base(state.params, base))
-
-        jax.eval_shape(initial, initial_shapes(algorithm, 1))
-    return Prepared(problem, algorithm, execution, sampler, initial)
+        jax.eval_shape(first_round, jax.random.key(0))
+        if problem.generation is not None:
+            state = jax.eval_shape(algorithm.init, jax.random.key(0))
+            jax.eval_shape(answers.make_generation(plan, problem), state)
+    return Prepared(plan, problem, stages, execution, sampler)
 
 
-PRECISIONS = {"single": False, "double": True}
+def with_base(state: PyTree, base: PyTree) -> PyTree:
+    """A first state with a base model's weights in it."""
+    return state._replace(params=models.adapters.load_base(state.params, base))
 
 
-def run(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict[str, Any]:
-    """Runs a config to its end in a directory, in the precision it asks for, and returns its summary.
+def run(config: Any, directory: pathlib.Path) -> dict[str, Any]:
+    """Runs a config to its end in a directory, in the precision it asks for; returns its summary.
 
     Raises:
-        ValueError: bad fields, or a directory of another config. FloatingPointError: training diverged. RuntimeError: a damaged checkpoint.
+        InputError: bad fields, or a directory of another config.
+        FileNotFoundError: a file that is not there.
+        FloatingPointError: training diverged.
+        DamagedCheckpoint: a checkpoint that cannot be read.
     """
-    build.check_fields(config)
-    double = choose(PRECISIONS, config.execution.precision, "config.execution.precision")
-    with jax.enable_x64(double):
-        return _run(ml_collections.FrozenConfigDict(config), directory)
+    plan, made = make_plan(config), Made()
+    workdir.check(directory, plan.settings)
+    return run_prepared(prepare(plan, made), made, directory)
 
 
-def _run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> dict[str, Any]:
-    fresh = not any((directory / "checkpoints").glob("*"))
-    problem, algorithm, execution, sampler, initial = prepare(config, fresh)
-    seeds = tuple(config.seeds)
-    workdir.claim(directory, config)
+def run_prepared(prepared: Prepared, made: Made, directory: pathlib.Path) -> dict[str, Any]:
+    """Runs what has been prepared to its end, as :func:`run`."""
+    with _precision(prepared.plan):
+        return _run(prepared, made, directory)
+
+
+def _run(prepared: Prepared, made: Made, directory: pathlib.Path) -> dict[str, Any]:
+    plan, problem, stages, execution, sampler = prepared
+    course, seeds = plan.course, plan.course.seeds
+    workdir.claim(directory, plan.settings)
+    workdir.write_tasks(directory, judged_tasks(problem))
+    descriptions = workdir.describe_metrics(judged_tasks(problem))
 
     # --- Resume.
     started = time.perf_counter()
-    checkpoints = Checkpoints(directory / "checkpoints")
-    done = checkpoints.latest_round()
-    state, spent = None, {"wall_seconds": 0.0, "compile_seconds": 0.0}
-    if done is None and not fresh:
-        initial = prepare(config).initial  # interrupted before its first checkpoint was whole
-    if done is not None:
-        state, spent = checkpoints.restore(done, initial_shapes(algorithm, len(seeds)))
+    checkpoints = StageCheckpoints(directory, stages, len(seeds))
+    done, state, previous, spent = checkpoints.take_up()
+    # A checkpoint holds a base model's weights too.
+    base = made.base(plan, problem) if done is None else None
     metrics = workdir.MetricsFile(directory / "metrics.jsonl", -1 if done is None else done)
     events = telemetry.Events(directory, -1 if done is None else done)
     compile_clock = telemetry.CompileClock()
@@ -260,93 +353,101 @@ def _run(config: ml_collections.FrozenConfigDict, directory: pathlib.Path) -> di
 
     # --- Rounds.
     blocks = simulate_blocks(
-        algorithm,
+        stages,
         problem.splits.train,
-        num_rounds=config.num_rounds,
+        num_rounds=course.num_rounds,
         seeds=seeds,
         sampler=sampler,
-        evaluate=make_evaluation(problem, execution, config.evaluation_batch_size),
+        evaluate=make_evaluation(problem, execution, course.evaluation_batch_size),
         evaluation_data=problem.splits,
-        eval_every=config.eval_every,
-        initial=initial,
+        eval_every=course.eval_every,
+        initial=None if base is None else functools.partial(with_base, base=base),
         state=state,
         start_round=done or 0,
+        previous=previous,
     )
-    shapes = initial_shapes(algorithm, 1)
-    one_run = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    algorithm, shapes = begin(stages[stage_of(stages, done or 0)[0]], previous, len(seeds))
     about = judged(problem)
-    with Progress(config.algorithm.name, config.num_rounds, done or 0) as progress:
+    checkpoint_every = course.checkpoint_every or course.eval_every
+    with Progress(plan.name, course.num_rounds, done or 0) as progress:
         for block in blocks:
-            last = block.round == config.num_rounds
-            rows = rows_of(block, seeds, about, per_client=last)
-            if last and getattr(problem, "generation", None) is not None:
-                scores = answers.score(config, problem, block.state, seeds, directory)
-                rows += answer_rows(block.round, problem, scores)
+            last = block.round == course.num_rounds
+            of_stage = stage_name(stages, block.stage) if len(stages) > 1 else None
+            rows = rows_of(block, seeds, about, last, of_stage)
+            if last and problem.generation is not None:
+                scores = answers.score(plan, problem, block.state, seeds, directory)
+                rows += answer_rows(block.round, problem.generation, scores)
             workdir.check_finite(rows)
             metrics.write(rows)
             events.write(rows)
-            if last or block.round % config.checkpoint_every == 0:
+            if block.round % checkpoint_every == 0 or block.round in ends(stages):
                 checkpoints.save(block.round, block.state, elapsed())
-            progress.show(block.round, shown(rows))
+            algorithm = block.algorithm or algorithm
+            shapes = jax.eval_shape(lambda x: x, block.state)
+            progress.show(block.round, shown(rows, descriptions))
 
     # --- Summary.
     checkpoints.close()
     events.close()
     rows = list(workdir.read_rows(directory / "metrics.jsonl"))
+    one_run = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
     up, down = algorithm.traffic(one_run)
-    clients = build.cohort_size(config, num_clients(problem.splits.train))
+    clients = assembly.clients_a_round(plan, problem)
     times = elapsed()
     steady = max(times["wall_seconds"] - times["compile_seconds"], 1e-9)
     summary = {
-        "algorithm": config.algorithm.name,
-        "num_rounds": config.num_rounds,
+        "algorithm": plan.name,
+        "num_rounds": course.num_rounds,
         "seeds": list(seeds),
-        "metrics": summarise(rows, seeds),
+        **_describe_stages(stages),
+        "metrics": summarise(rows, seeds, descriptions),
         **times,
-        "rounds_per_second": config.num_rounds / steady,  # of all seeds at once
+        "rounds_per_second": course.num_rounds / steady,  # of all seeds at once
         "bytes_up_per_round": up * clients,
         "bytes_down_per_round": down * clients,
         "execution": {"mode": execution.mode, "chunk": execution.chunk},
         **telemetry.environment(),
     }
     workdir.write_json(directory / "summary.json", summary)
-    plots.curves({config.algorithm.name: rows}, directory / "curves")
+    plots.curves({plan.name: rows}, descriptions, directory / "curves")
     return summary
 
 
-def check_counts(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError for counts that make no sense."""
-    for name in ("num_rounds", "eval_every", "checkpoint_every", "evaluation_batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; give at least 1")
-    if config.checkpoint_every % config.eval_every:
-        raise ValueError(
-            f"config.checkpoint_every is {config.checkpoint_every}, which is no multiple of config.eval_every "
-            f"({config.eval_every}); the state is on the host only at evaluations"
-        )
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise ValueError(f"config.seeds is {tuple(config.seeds)}; give at least one, all different")
+def _describe_stages(stages: list[Stage]) -> dict[str, Any]:
+    """Of a run of several stages, their names and rounds."""
+    if len(stages) == 1:
+        return {}
+    named = [
+        {"name": stage_name(stages, index), "rounds": stage.rounds}
+        for index, stage in enumerate(stages)
+    ]
+    return {"stages": named}
 
 
-def initial_shapes(algorithm: Algorithm, num_seeds: int) -> PyTree:
-    """The shapes of a run's state, with a leading axis of seeds."""
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds))
-    return jax.eval_shape(jax.vmap(algorithm.init), keys)
+def shown(
+    rows: list[dict[str, Any]], descriptions: dict[str, tasks.Description]
+) -> dict[str, float]:
+    """What the progress bar shows, means over seeds and groups.
 
-
-def shown(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over seeds of what the progress bar shows: of the training clients, and the held-out clients' accuracy."""
+    That is each primary metric of the training clients and their loss. Of clients with one task
+    and without groups it is also the metric's bottom decile, and its value for held-out clients.
+    """
     values: dict[str, list[float]] = {}
     for row in rows:
         if "client" in row or row["split"] == "server":
             continue
-        if row["split"] == "train_clients":
-            for name in _SHOWN:
-                if name in row:
-                    values.setdefault(name, []).append(row[name])
-        elif "accuracy" in row:
-            values.setdefault("unseen_accuracy", []).append(row["accuracy"])
-    return {name: float(np.mean(each)) for name, each in values.items()}
+        primary = comparisons.primary_metrics(row, descriptions)
+        alone = len(primary) == 1 and "group" not in row
+        if row["split"] == "unseen_clients":
+            wanted = {"unseen": primary[0]} if alone else {}
+        else:
+            wanted = {name: name for name in primary}
+            wanted |= {"decile": f"{primary[0]}_bottom_decile"} if alone else {}
+            wanted["loss"] = "loss"
+        for label, name in wanted.items():
+            if name in row:
+                values.setdefault(label, []).append(row[name])
+    return {label: float(np.mean(each)) for label, each in values.items()}
 
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -364,7 +465,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(
             f"unexpected arguments {argv[1:]}; settings look like --config.num_rounds=10"
         )
-    telemetry.exit_on_bad_input(lambda: run(_CONFIG.value, pathlib.Path(_WORKDIR.value)))
+    directory = pathlib.Path(cast(str, _WORKDIR.value))  # the flag is required
+    telemetry.exit_on_bad_input(lambda: run(_CONFIG.value, directory))
 
 
 if __name__ == "__main__":

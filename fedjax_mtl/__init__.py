@@ -1,9 +1,10 @@
 """Federated multi-task learning as compositions of pure functions: see the README for the tour."""
 
 from fedjax_mtl import algorithms, models, relations, server, tasks
-from fedjax_mtl.clients.training import loss_gradient, proximal
+from fedjax_mtl.clients.training import Solver, loss_gradient, proximal
 from fedjax_mtl.clients.updates import ClientResult, ClientUpdate, Phase, local_trainer
-from fedjax_mtl.core import batching, sampling
+from fedjax_mtl.core import batching, sampling, trees
+from fedjax_mtl.core.algorithm import Algorithm
 from fedjax_mtl.core.batching import Batch, BatchPlan
 from fedjax_mtl.core.federation import (
     ClientView,
@@ -13,13 +14,14 @@ from fedjax_mtl.core.federation import (
     Splits,
     make_federation,
 )
-from fedjax_mtl.evaluation import evaluate_clients, evaluate_population, summarise_clients
+from fedjax_mtl.evaluation import evaluate_clients, summarise_clients
 from fedjax_mtl.execution import Execution, default_execution, make_execution, map_clients
 from fedjax_mtl.models import Model
-from fedjax_mtl.rounds.federated import Algorithm, decentralized, federated
-from fedjax_mtl.rounds.population import Group, client_offsets, heterogeneous
-from fedjax_mtl.rounds.relational import relational
-from fedjax_mtl.simulate import Block, Simulation, simulate, simulate_blocks
+from fedjax_mtl.rounds.composition import FederatedState
+from fedjax_mtl.rounds.federated import federated
+from fedjax_mtl.rounds.groups import Group, client_offsets, each_group
+from fedjax_mtl.rounds.wrappers import decentralized, heterogeneous, relational
+from fedjax_mtl.simulation import Block, Simulation, Stage, simulate, simulate_blocks
 from fedjax_mtl.tasks import Task
 
 __all__ = [
@@ -32,21 +34,24 @@ __all__ = [
     "ClientView",
     "Cohort",
     "Execution",
+    "FederatedState",
     "Federation",
     "Group",
     "Model",
     "Phase",
     "Population",
     "Simulation",
+    "Solver",
     "Splits",
+    "Stage",
     "Task",
     "algorithms",
     "batching",
     "client_offsets",
     "decentralized",
+    "each_group",
     "default_execution",
     "evaluate_clients",
-    "evaluate_population",
     "federated",
     "heterogeneous",
     "local_trainer",
@@ -64,4 +69,5 @@ __all__ = [
     "simulate_blocks",
     "summarise_clients",
     "tasks",
+    "trees",
 ]

@@ -10,26 +10,34 @@ PyTree = Any
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """The bytes of all leaves (arrays or shapes)."""
+    """Returns the bytes of all leaves (arrays or shapes)."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def flops(fn: Callable, *args: PyTree) -> float:
-    """The floating-point operations of ``fn(*args)`` as XLA counts them; loops with traced trip counts count once.
+def flops(fn: Callable[..., Any], *args: PyTree) -> float:
+    """Returns the floating-point operations of ``fn(*args)`` as XLA counts them.
+
+    Loops with traced trip counts count once.
 
     Args:
-        fn: a function of arrays. args: arrays or ``jax.ShapeDtypeStruct``.
+        fn: a function of arrays.
+        args: arrays or ``jax.ShapeDtypeStruct``.
     """
-    return float(jax.jit(fn).lower(*args).compile().cost_analysis()["flops"])
+    counted = jax.jit(fn).lower(*args).compile().cost_analysis() or {}
+    return float(counted["flops"])
 
 
 class SplitTraffic(NamedTuple):
     """Bytes of a round of split learning for one client, and where it breaks even.
 
     Attributes:
-        up, down: bytes of the messages of all steps and of the embedding's synchronisation.
-        federated: bytes, both ways, of averaging embedding and trunk instead; ``federated_full``: of the whole model.
-        break_even_steps: steps a round at which split learning moves as much as averaging embedding and trunk.
+        up: bytes that the client sends: the messages of all steps and of the embedding's
+            synchronisation.
+        down: bytes that it receives, for the same.
+        federated: bytes, both ways, of averaging embedding and trunk instead.
+        federated_full: bytes, both ways, of averaging the whole model instead.
+        break_even_steps: steps a round at which split learning moves as much as averaging embedding
+            and trunk.
     """
 
     up: int
@@ -51,10 +59,20 @@ def split_traffic(
     bytes_per_value: int = 4,
     synchronised: bool = True,
 ) -> SplitTraffic:
-    """The traffic of FedBone (arXiv 2306.17465) against FedAvg, for one client and round.
+    """Returns the traffic of FedBone (arXiv 2306.17465) against FedAvg, for one client and round.
 
-    Every step sends embeddings up and their gradients down, features down and their gradients up. ``embedding_values`` and ``feature_values`` count one example's (all stages
-    of a hierarchical trunk); parameters are counts.
+    Every step sends embeddings up and their gradients down, features down and their gradients up.
+
+    Args:
+        batch_size: examples in a step.
+        embedding_values: values of one example's embedding.
+        feature_values: values of one example's features, of all stages of a hierarchical trunk.
+        num_steps: steps in the round.
+        embedding_parameters: how many parameters the embedding has.
+        trunk_parameters: how many the trunk has, which the server holds.
+        upper_parameters: how many the client's layers above the trunk have.
+        bytes_per_value: of every value and parameter.
+        synchronised: whether the clients' embeddings are averaged in the round.
     """
     per_step = batch_size * (embedding_values + feature_values)
     shared = embedding_parameters if synchronised else 0
@@ -72,9 +90,18 @@ def split_traffic(
 def sparse_upload_bytes(
     parameters: int, kept: int, *, bytes_per_value: int = 4, positions: str = "bits"
 ) -> int:
-    """Bytes of an update of which ``kept`` entries are sent (FedDEA on the client, top-k compression): values and positions.
+    """Returns the bytes of an update of which some entries are sent: values and positions.
 
-    Positions as a ``bits`` mask of all parameters, or as 4-byte ``indices``.
+    FedDEA on the client sends such updates, and so does top-k compression.
+
+    Args:
+        parameters: how many entries the update has.
+        kept: how many of them are sent.
+        bytes_per_value: of a value that is sent.
+        positions: ``bits``, a mask of all parameters, or ``indices`` of 4 bytes each.
+
+    Raises:
+        ValueError: unknown positions.
     """
     if positions not in ("bits", "indices"):
         raise ValueError(f"unknown positions {positions!r}; expected 'bits' or 'indices'")
@@ -83,7 +110,10 @@ def sparse_upload_bytes(
 
 
 NETWORKS = {"wifi": 10.0, "lte": 100.0, "3g": 1000.0}
-"""What the communication of a round costs in MOCHA's released code, in its arbitrary units: about one flop of a coordinate step without its number of features."""
+"""What the communication of a round costs in MOCHA's released code, in its arbitrary units.
+
+A unit is about one flop of a coordinate step without its number of features.
+"""
 
 _FLOPS_A_STEP = {"mocha": 8, "cocoa": 8, "minibatch_sdca": 6, "minibatch_sgd": 4}
 
@@ -91,18 +121,28 @@ _FLOPS_A_STEP = {"mocha": 8, "cocoa": 8, "minibatch_sdca": 6, "minibatch_sgd": 4
 def estimated_round_time(
     method: str, *, steps: Any, slowest: Any, num_tasks: int, network: str
 ) -> Any:
-    """The time of a round as MOCHA's released code estimates it (arXiv 1705.10467, section 5), in its arbitrary units.
+    """Estimates the time of a round as MOCHA's released code does, in its arbitrary units.
 
-    ``flops * steps + communication`` where nodes make what they can in the time there is (MOCHA, and the mini-batch methods' fixed batches), and ``flops * tasks * slowest + communication`` for CoCoA, where all wait for the slowest. The
-    number of features does not enter. Under stragglers the code charges the largest possible budget; give that as ``steps``.
+    It is ``flops * steps + communication`` where nodes make what they can in the time there is
+    (MOCHA, and the mini-batch methods' fixed batches). It is
+    ``flops * tasks * slowest + communication`` for CoCoA, where all wait for the slowest. The
+    number of features does not enter (arXiv 1705.10467, section 5). Under stragglers the code
+    charges the largest possible budget; give that as ``steps``.
 
     Args:
-        method: ``mocha``, ``cocoa``, ``minibatch_sdca`` or ``minibatch_sgd``. steps: coordinate steps (gradients) of all nodes; slowest: of the one that made most. Numbers or arrays.
+        method: ``mocha``, ``cocoa``, ``minibatch_sdca`` or ``minibatch_sgd``.
+        steps: coordinate steps (gradients) of all nodes, a number or an array.
+        slowest: coordinate steps of the node that made most, a number or an array.
+        num_tasks: how many tasks there are.
         network: ``wifi``, ``lte`` or ``3g``.
+
+    Raises:
+        ValueError: unknown method or network.
     """
     if method not in _FLOPS_A_STEP or network not in NETWORKS:
         raise ValueError(
-            f"no estimate for {method!r} over {network!r}; expected one of {', '.join(_FLOPS_A_STEP)} over {', '.join(NETWORKS)}"
+            f"no estimate for {method!r} over {network!r}; expected one of "
+            f"{', '.join(_FLOPS_A_STEP)} over {', '.join(NETWORKS)}"
         )
     work = num_tasks * slowest if method == "cocoa" else steps
     return _FLOPS_A_STEP[method] * work + NETWORKS[network]
@@ -111,10 +151,15 @@ def estimated_round_time(
 def synchronous_round_time(
     steps: Any, rates: Any, *, features: int, present: Any = True, seconds_per_message: float = 0.0
 ) -> Any:
-    """Seconds of a synchronous round: the slowest of the nodes present, and one message of ``features`` numbers up and down.
+    """Returns the seconds of a synchronous round, which lasts as long as the slowest node present.
+
+    One message of ``features`` numbers goes up and one comes down.
 
     Args:
-        steps: coordinate steps ``[..., nodes]`` of 8 flops a feature. rates: flops per second ``[nodes]`` or ``[..., nodes]``. present: bool, the same.
+        steps: coordinate steps ``[..., nodes]`` of 8 flops a feature.
+        rates: flops per second, ``[nodes]`` or ``[..., nodes]``.
+        features: how many features an example has.
+        present: bool, ``[nodes]`` or ``[..., nodes]``.
         seconds_per_message: of both messages of a round.
     """
     seconds = 8.0 * features * np.asarray(steps) / np.asarray(rates)

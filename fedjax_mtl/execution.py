@@ -1,7 +1,7 @@
 """Client map: how the one-client function is run over a cohort.
 
-An algorithm writes its client for one client and calls :func:`map_clients`; which of the strategies below runs it is the
-user's choice, and all give the same numbers up to the order of float sums.
+An algorithm writes its client for one client and calls :func:`map_clients`. Which of the strategies
+below runs it is the user's choice, and all give the same numbers up to the order of float sums.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,14 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from fedjax_mtl.core import trees
 
 PyTree = Any
+ClientFunction = Callable[..., tuple[PyTree, PyTree]]
+"""``fn(shared, *client) -> (term, output)``: the work of one client."""
 
 MODES = ("vmap", "map", "chunk", "loop")
 CLIENT_AXIS = "clients"
 
-# A chunk of clients should fit a core's cache on CPUs and leave an accelerator room for activations.
+# A chunk of clients should fit a core's cache on CPUs, and leave an accelerator room for
+# activations.
 _CPU_CHUNK_BYTES = 2**18
 _ACCELERATOR_CHUNK_BYTES = 2**31
 _LARGEST_CPU_CHUNK = 32
@@ -28,10 +31,12 @@ class Execution(NamedTuple):
     """How clients are mapped.
 
     Attributes:
-        mode: ``vmap`` all at once; ``map`` one after the other, in bounded memory; ``chunk`` a scan over vmapped chunks;
-            ``loop`` unrolled in Python, for debugging and for few large clients.
+        mode: ``vmap`` all at once; ``map`` one after the other, in bounded memory; ``chunk`` a scan
+            over vmapped chunks; ``loop`` unrolled in Python, for debugging and for few large
+            clients.
         chunk: clients in a chunk; only with mode ``chunk``.
-        mesh: with a mesh the clients are split over its devices first, and the mode applies on each device.
+        mesh: with a mesh the clients are split over its devices first, and the mode applies on each
+            device.
     """
 
     mode: str
@@ -40,10 +45,16 @@ class Execution(NamedTuple):
 
 
 def make_execution(mode: str, chunk: int | None = None, num_devices: int = 1) -> Execution:
-    """A checked Execution; ``num_devices`` > 1 shards the client axis over that many devices.
+    """Returns a checked Execution.
+
+    Args:
+        mode: one of ``MODES``; see :class:`Execution`.
+        chunk: clients in a chunk, for mode ``chunk`` and for no other.
+        num_devices: above 1, the client axis is sharded over so many devices.
 
     Raises:
-        ValueError: unknown mode, a chunk that is missing, not positive, or given to another mode, or more devices than there are.
+        ValueError: unknown mode, a chunk that is missing, not positive, or given to another mode,
+            or more devices than there are.
     """
     if mode not in MODES:
         raise ValueError(f"unknown execution mode {mode!r}; expected one of {', '.join(MODES)}")
@@ -65,10 +76,12 @@ def make_execution(mode: str, chunk: int | None = None, num_devices: int = 1) ->
 
 
 def default_execution(params: PyTree, platform: str | None = None) -> Execution:
-    """The strategy measured to be fastest for a model of this size on this platform.
+    """Returns the strategy measured to be fastest for a model of this size on this platform.
 
-    On CPUs as many clients a chunk as keep parameters and gradients in a part of a core's cache, one at a time for models that fill it alone.
-    Convolutional models should use ``models.PatchConv``: a stock convolution is slow in any chunk on a CPU. On accelerators large chunks, so that launches are shared.
+    On CPUs a chunk has as many clients as keep parameters and gradients in a part of a core's
+    cache; models that fill it alone go one at a time. Convolutional models should use
+    ``models.PatchConv``: a stock convolution is slow in any chunk on a CPU. On accelerators the
+    chunks are large, so that launches are shared.
 
     Args:
         params: the shared parameters (arrays or shapes), all components and decoders included.
@@ -89,7 +102,10 @@ def _num_clients(mapped: tuple[PyTree, ...]) -> int:
 
 
 def _pad(tree: PyTree, padding: int) -> PyTree:
-    """Repeats the first client ``padding`` times at the end; real data, so that no padding can produce a NaN."""
+    """Repeats the first client ``padding`` times at the end.
+
+    It is real data, so that no padding can produce a NaN.
+    """
     if padding == 0:
         return tree
     return jax.tree.map(
@@ -100,14 +116,16 @@ def _pad(tree: PyTree, padding: int) -> PyTree:
 def _add_sum(total: PyTree, terms: PyTree, real: jax.Array) -> PyTree:
     """Adds the real ones of the stacked terms ``[chunk, ...]`` to the total."""
 
-    def add(t, x):
+    def add(t: jax.Array, x: jax.Array) -> jax.Array:
         mask = trees.along_first_axis(real, x)
         return t + jnp.sum(jnp.where(mask, x, 0), axis=0)
 
     return jax.tree.map(add, total, terms)
 
 
-def _run_chunks(fn, shared, mapped, chunk: int):
+def _run_chunks(
+    fn: ClientFunction, shared: PyTree, mapped: tuple[PyTree, ...], chunk: int
+) -> tuple[PyTree, PyTree]:
     """Scans over chunks of ``chunk`` clients (1: no vmap at all); ``fn`` returns (term, output)."""
     count = _num_clients(mapped)
     num_chunks = -(-count // chunk)
@@ -118,7 +136,7 @@ def _run_chunks(fn, shared, mapped, chunk: int):
     term, _ = jax.eval_shape(fn, shared, *one)
     zero = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), term)
 
-    def body(total, args):
+    def body(total: PyTree, args: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
         index, block = args
         if chunk == 1:
             term, out = fn(shared, *jax.tree.map(lambda x: x[0], block))
@@ -133,12 +151,16 @@ def _run_chunks(fn, shared, mapped, chunk: int):
     return total, outs
 
 
-def _run_vmap(fn, shared, mapped):
+def _run_vmap(
+    fn: ClientFunction, shared: PyTree, mapped: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     terms, outs = jax.vmap(fn, in_axes=(None,) + (0,) * len(mapped))(shared, *mapped)
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), terms), outs
 
 
-def _run_loop(fn, shared, mapped):
+def _run_loop(
+    fn: ClientFunction, shared: PyTree, mapped: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     count = _num_clients(mapped)
     results = [fn(shared, *jax.tree.map(lambda x, c=c: x[c], mapped)) for c in range(count)]
     terms, outs = zip(*results, strict=True)
@@ -146,42 +168,58 @@ def _run_loop(fn, shared, mapped):
     return total, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
 
 
-def _run(fn, shared, mapped, execution: Execution, work):
+def _run(
+    fn: ClientFunction,
+    shared: PyTree,
+    mapped: tuple[PyTree, ...],
+    execution: Execution,
+    work: jax.Array | None,
+) -> tuple[PyTree, PyTree]:
     count = _num_clients(mapped)
     if execution.mode == "loop":
         return _run_loop(fn, shared, mapped)
-    if execution.mode == "vmap" or (execution.mode == "chunk" and execution.chunk >= count):
+    chunk = execution.chunk or 1  # None in every other mode
+    if execution.mode == "vmap" or (execution.mode == "chunk" and chunk >= count):
         return _run_vmap(fn, shared, mapped)
     if execution.mode == "map":
         return _run_chunks(fn, shared, mapped, 1)
     if work is None:
-        return _run_chunks(fn, shared, mapped, execution.chunk)
+        return _run_chunks(fn, shared, mapped, chunk)
     order = jnp.argsort(work)
     in_order = jax.tree.map(lambda x: x[order], mapped)
-    total, outs = _run_chunks(fn, shared, in_order, execution.chunk)
+    total, outs = _run_chunks(fn, shared, in_order, chunk)
     place = jnp.argsort(order)
     return total, jax.tree.map(lambda x: x[place], outs)
 
 
-def _run_sharded(fn, shared, mapped, execution: Execution, work):
+def _run_sharded(
+    fn: ClientFunction,
+    shared: PyTree,
+    mapped: tuple[PyTree, ...],
+    execution: Execution,
+    mesh: Mesh,
+    work: jax.Array | None,
+) -> tuple[PyTree, PyTree]:
     count = _num_clients(mapped)
-    padding = -count % execution.mesh.devices.size
+    padding = -count % mesh.devices.size
     real = jnp.arange(count + padding) < count
     work = jnp.zeros(count) if work is None else work
     mapped, work = _pad((mapped, work), padding)
 
-    def masked(shared, is_real, *args):
+    def masked(shared: PyTree, is_real: jax.Array, *args: PyTree) -> tuple[PyTree, PyTree]:
         term, out = fn(shared, *args)
         return jax.tree.map(lambda t: jnp.where(is_real, t, 0), term), out
 
-    def on_device(shared, is_real, work, mapped):
+    def on_device(
+        shared: PyTree, is_real: jax.Array, work: jax.Array, mapped: tuple[PyTree, ...]
+    ) -> tuple[PyTree, PyTree]:
         total, outs = _run(masked, shared, (is_real, *mapped), execution, work)
         return jax.lax.psum(total, CLIENT_AXIS), outs
 
     clients = PartitionSpec(CLIENT_AXIS)
     total, outs = jax.shard_map(
         on_device,
-        mesh=execution.mesh,
+        mesh=mesh,
         in_specs=(PartitionSpec(), clients, clients, clients),
         out_specs=(PartitionSpec(), clients),
         check_vma=False,
@@ -190,25 +228,28 @@ def _run_sharded(fn, shared, mapped, execution: Execution, work):
 
 
 def sum_and_map_clients(
-    fn: Callable[..., tuple[PyTree, PyTree]], execution: Execution, work: jax.Array | None = None
+    fn: ClientFunction, execution: Execution, work: jax.Array | None = None
 ) -> Callable[..., tuple[PyTree, PyTree]]:
-    """Maps ``fn(shared, *client) -> (term, output)`` over clients: sums the terms, stacks the outputs.
+    """Maps ``fn(shared, *client) -> (term, output)`` over clients: sums terms, stacks outputs.
 
-    The sum is carried from chunk to chunk, so memory does not grow with the number of clients: what a server that only averages needs.
+    The sum is carried from chunk to chunk, so that memory does not grow with the number of clients:
+    that is what a server that only averages needs.
 
     Args:
         fn: the function of one client; ``shared`` is what all clients read.
         execution: how; see :class:`Execution`.
-        work: ``[clients]``; a measure of each client's work. Clients with like work then share a chunk, which runs as
-            long as its slowest client. Outputs come back in the order given.
+        work: ``[clients]``; a measure of each client's work. Clients with like work then share a
+            chunk, which runs as long as its slowest client. Outputs come back in the order given.
 
     Returns:
-        ``run(shared, *mapped) -> (sum of terms, outputs [clients, ...])``, where every leaf of ``mapped`` is ``[clients, ...]``.
+        ``run(shared, *mapped) -> (sum of terms, outputs [clients, ...])``, where every leaf of
+        ``mapped`` is ``[clients, ...]``.
     """
-    runner = _run if execution.mesh is None else _run_sharded
 
     def run(shared: PyTree, *mapped: PyTree) -> tuple[PyTree, PyTree]:
-        return runner(fn, shared, mapped, execution, work)
+        if execution.mesh is None:
+            return _run(fn, shared, mapped, execution, work)
+        return _run_sharded(fn, shared, mapped, execution, execution.mesh, work)
 
     return run
 

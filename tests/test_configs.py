@@ -1,4 +1,4 @@
-"""Every config builds and runs in its quick variant, and says clearly what is wrong with it when something is."""
+"""Every config builds and runs in its quick variant, and a wrong one says clearly what is wrong."""
 
 import importlib
 import json
@@ -10,8 +10,10 @@ import pytest
 from data.test_shakespeare import TEXT
 
 from configs import common
-from experiments import run, settings
+from experiments import run
 from experiments.figures import round_times
+from experiments.plan import make_plan
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.data import tfds_sets
 from fedjax_mtl.data.task_tables import related_tasks
 
@@ -32,7 +34,10 @@ def get(name, **changes):
 
 @pytest.fixture
 def prepared(monkeypatch, tmp_path):
-    """Small stand-ins for the sets that are not shipped: random images, and a text of two plays."""
+    """Small stand-ins for the sets that are not shipped.
+
+    They are random images, and a text of two plays.
+    """
 
     def load(name, data_dir=None):
         del data_dir
@@ -105,7 +110,7 @@ def small_files(config, prepared, tmp_path):
 
 
 def slow(*values):
-    """A parameter for the long runs."""
+    """Marks a parameter of the long runs."""
     return pytest.param(*values, marks=pytest.mark.claim)
 
 
@@ -115,10 +120,10 @@ SLOW = ("fedbone_scenes", "fedem_cifar10", "fedem_cifar100", "mira_dolly_gpt2", 
 
 @pytest.mark.parametrize("name", SLOW)
 def test_slow_quick_variants_are_prepared(name, prepared, tmp_path):
-    """Everything is built, and a round traced."""
+    """Everything is built, and one round is traced."""
     config = get(name)
     small_files(config, prepared, tmp_path)
-    assert run.num_clients(run.prepare(config).problem.splits.train)
+    assert run.prepare(make_plan(config), run.Made()).problem.num_clients
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CONFIGS])
@@ -169,18 +174,40 @@ BAD = {
     "model": ({"model.name": "resnet"}, "unknown config.model.name 'resnet'"),
     "partition": (
         {"data.partition": "iid"},
-        "unknown config.data.partition 'iid'; expected label_permuted, rotated",
+        "unknown config.data.partition 'iid'; expected one of label_permuted, rotated",
     ),
     "optimiser": ({"client.name": "adagrad"}, "unknown optimizer 'adagrad'"),
     "schedule": ({"client.schedule": "step"}, "unknown config.client.schedule 'step'"),
     "cohort": ({"cohort_size": 100}, r"config.cohort_size is 100 but 6 clients train"),
-    "epochs and steps": ({"client.steps": 3}, "has epochs=1 and steps=3; exactly one"),
-    "neither": ({"client.epochs": 0}, "has epochs=0 and steps=0"),
+    "epochs and steps": (
+        {"client.epochs": 1, "client.steps": 3},
+        "has epochs=1 and steps=3; give one of them",
+    ),
+    "no epoch": ({"client.epochs": 0}, "the client has epochs=0; give at least 1"),
+    "length": ({"client.max_norm": 0.0}, "max_norm is 0.0; give a positive length, or None"),
+    "momentum of Adam": (
+        {"client.name": "adam", "client.momentum": 0.9},
+        "momentum is 0.9, but adam has its own",
+    ),
     "rounds": ({"num_rounds": 0}, "config.num_rounds is 0; give at least 1"),
     "checkpoints": ({"checkpoint_every": 3}, "no multiple of config.eval_every"),
     "seeds": ({"seeds": (1, 1)}, r"config.seeds is \(1, 1\); give at least one, all different"),
     "execution": ({"execution.mode": "pmap"}, "unknown execution mode 'pmap'"),
     "chunk": ({"execution.mode": "chunk"}, "needs a chunk of at least 1"),
+    "chunk of auto": (
+        {"execution.chunk": 4},
+        "config.execution.chunk is 4, which goes with config.execution.mode chunk",
+    ),
+    "shares": ({"systems.high": 2.0}, "shares of the planned work between 1.0 and 2.0"),
+    "smallest": (
+        {"systems.low": 0.5, "systems.of_smallest": True},
+        "of_smallest is for methods in the dual",
+    ),
+    "nobody": ({"cohort_size": 0}, r"config.cohort_size is 0 but 6 clients train; give 1..6, or"),
+    "pretraining": (
+        {"pretraining.steps": 5},
+        "gives weights to the frozen model under adapters, and fedem has none",
+    ),
     "devices": ({"execution.num_devices": 64}, "64 devices asked for but there are 4"),
     "components": ({"algorithm.fedem.num_components": 0}, "num_components is 0"),
     "alpha": ({"data.alpha": 0.0}, "alpha is 0.0"),
@@ -203,7 +230,13 @@ def test_bad_configs_are_refused_before_anything_is_written(name, tmp_path):
 
 DUAL_ALGORITHMS = ("cocoa", "global_model", "local_models", "minibatch_sdca", "minibatch_sgd")
 ADAPTER_ALGORITHMS = ("fedit", "fedptuning", "local_adapters")
-RELATIONS = ("independent", "mean", "learned", "clustered", "sparse")
+RELATIONS = (
+    "independent",
+    "mean(coupling=1.0, ridge=0.1)",
+    "learned(ridge=0.1)",
+    "clustered(num_clusters=2)",
+    "sparse(sparsity=0.1, ridge=0.1)",
+)
 POPULATION_ALGORITHMS = ("fedadam", "fedavg", "fedper", "fedprox", "fedrep", "local")
 GRADNORM_ALGORITHMS = ("equal_weights", "fedper", "fedrep", "local")
 
@@ -227,10 +260,9 @@ def test_baselines_run_beside_their_system(config_name, algorithm, tmp_path):
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_relations_of_mocha(relation, tmp_path):
-    config = get(
-        "mocha_synthetic", **{"algorithm.mocha.relation": relation, "algorithm.mocha.ridge": 0.1}
-    )
-    config.algorithm.mocha.relationship_every = 0 if relation in ("independent", "mean") else 2
+    config = get("mocha_synthetic", **{"algorithm.mocha.relationship": relation})
+    fixed = relation.startswith(("independent", "mean"))
+    config.algorithm.mocha.relationship_every = None if fixed else 2
     config.num_rounds, config.eval_every, config.checkpoint_every = 4, 4, 4
     summary = run.run(config, tmp_path / "run")
     assert summary["metrics"]["server"]["gap"]["final_mean"] >= 0
@@ -257,12 +289,12 @@ BAD_RELATED = {
     "momentum": (
         "mocha_synthetic",
         {"client.momentum": 0.9},
-        "leave config.client.momentum as it is",
+        "config.client.momentum is 0.9, but mocha does not take it; leave it at 0.0",
     ),
     "loss": (
         "mocha_synthetic",
         {"data.preparation.loss": "cubic"},
-        "unknown config.data.loss 'cubic'",
+        "unknown config.data.preparation.loss 'cubic'",
     ),
     "preparation": (
         "mocha_synthetic",
@@ -271,8 +303,8 @@ BAD_RELATED = {
     ),
     "relation": (
         "mocha_synthetic",
-        {"algorithm.mocha.relation": "sorted"},
-        "unknown relation 'sorted'",
+        {"algorithm.mocha.relationship": "sorted"},
+        "unknown config.algorithm.mocha.relationship 'sorted'; expected one of clustered",
     ),
     "precision": (
         "mocha_synthetic",
@@ -289,24 +321,37 @@ BAD_RELATED = {
     "no file": ("mocha_school", {}, "config.data.path is empty"),
     "not a dual problem": (
         "fedem_digits",
-        {"algorithm.name": "mocha", "algorithm.mocha": {"penalty": 1.0, "relation": "learned"}},
-        "need data with a dual loss",
+        {
+            "algorithm.name": "mocha",
+            "algorithm.mocha": {"penalty": 1.0, "relationship": "learned"},
+            "client": {},
+        },
+        "config.algorithm.mocha needs data with a dual loss",
     ),
     "pattern": (
         "mira_chains",
-        {"algorithm.mira.targets": ("*/attention/w_q",)},
+        {"model.adapters.lora.targets": ("*/attention/w_q",)},
         "matches no dense layer of the model",
     ),
     "no adapters": (
         "mira_chains",
-        {"algorithm.name": "fedavg", "algorithm.fedavg": {"learning_rate": 0.1}},
-        "this algorithm's model has no frozen base",
+        {"algorithm.name": "fedavg"},
+        "gives weights to the frozen model under adapters, and fedavg has none; use one of fedit",
     ),
-    "graph": ("mira_chains", {"algorithm.mira.graph": "tree"}, "unknown graph 'tree'"),
+    "graph": (
+        "mira_chains",
+        {"algorithm.mira.graph": "tree"},
+        "unknown config.algorithm.mira.graph 'tree'; expected one of complete",
+    ),
+    "alike": (
+        "relational_digits",
+        {"algorithm.fedu.graph": "group"},
+        "config.algorithm.fedu.graph needs data that know which clients are alike",
+    ),
     "no language model": (
         "mira_chains",
-        {"model": {"name": "mlp", "hidden": (4,)}, "algorithm.mira.targets": ("decoder",)},
-        "use config.model.name transformer",
+        {"model": {"name": "mlp", "adapters": {"lora": {"targets": ("*",), "rank": 1}}}},
+        "tunes a language model; use config.model.name transformer",
     ),
     "checkpoint": (
         "mira_dolly_gpt2",
@@ -344,24 +389,20 @@ BAD_POPULATIONS = {
         {"algorithm.name": "fedbone"},
         "'fedbone' needs a model that can be cut; use --config.model.name=cut",
     ),
-    "systems": (
-        {"systems.drop_probability": 0.5},
-        "config.systems is not offered for heterogeneous",
-    ),
-    "cohort": ({"cohort_size": 2}, "all clients of a heterogeneous population take part; give 0"),
-    "momentum": (
-        {"client.keep_optimizer": True},
-        "keep_optimizer is not offered for heterogeneous populations",
-    ),
+    "cohort": ({"cohort_size": 5}, "config.cohort_size is 5 but 4 clients of group"),
     "keep": ({"algorithm.feddea.keep": 0.0}, r"keep is 0.0; give a share in \(0, 1\]"),
     "shared": (
-        {"algorithm.feddea.shared": "body"},
-        "unknown config.algorithm shared 'body'; expected one of all",
+        {"algorithm.feddea.personal": "encoders"},
+        "unknown config.algorithm.feddea.personal 'encoders'; expected one of body",
+    ),
+    "entries": (
+        {"algorithm.feddea.personal": "entries(names=encoders)"},
+        "no entry 'encoders'; expected some of encoder, heads",
     ),
     "tasks": ({"data.num_tasks": 1}, "num_tasks is 1; give at least 2"),
     "model": (
         {"model.name": "mlp"},
-        "unknown config.model.name 'mlp'; expected one of cut, many_heads",
+        "need a model with a head for each of them; use --config.model.name=many_heads",
     ),
 }
 
@@ -379,7 +420,7 @@ def test_bad_configs_of_populations(name, tmp_path):
 )
 def test_fedgradnorm_ignores_no_setting_of_its_clients(field, value, tmp_path):
     with pytest.raises(
-        ValueError, match=f"plain SGD at a constant rate; leave config.client.{field} as it is"
+        ValueError, match=f"config.client.{field} is {value!r}, but fedgradnorm does not take it"
     ):
         run.run(get("fedgradnorm_tasks", **{f"client.{field}": value}), tmp_path / "run")
 
@@ -387,7 +428,10 @@ def test_fedgradnorm_ignores_no_setting_of_its_clients(field, value, tmp_path):
 BAD_ALGORITHMS = {
     "apfl": ({"alpha": 1.5}, "alpha is 1.5; it is a share"),
     "l2sgd": ({"probability": 1.0}, "the coin needs 0 < p < 1"),
-    "decentralized_fedem": ({"graph": "star"}, "unknown config.algorithm graph 'star'"),
+    "decentralized_fedem": (
+        {"mixing_matrix": "fastest(graph=star)"},
+        "unknown config.algorithm.decentralized_fedem.mixing_matrix.graph 'star'",
+    ),
     "pfedme": ({"fidelity": "official"}, "fidelity must be 'paper' or 'released'"),
 }
 
@@ -414,13 +458,16 @@ def test_fields_that_nobody_reads_are_refused(tmp_path):
     config = get("fedem_digits")
     with config.unlocked():
         config.cohort_sizes = 3
-    with pytest.raises(ValueError, match="unknown field config.cohort_sizes; known: algorithm"):
+    with pytest.raises(
+        ValueError, match="unknown field config.cohort_sizes; known fields: algorithm"
+    ):
         run.run(config, tmp_path / "run")
     config = get("fedem_digits")
     with config.unlocked():
         config.execution.chunks = 3
     with pytest.raises(
-        ValueError, match="unknown field config.execution.chunks; known: chunk, mode, num_devices"
+        ValueError,
+        match="unknown field config.execution.chunks; known fields: chunk, mode, num_devices",
     ):
         run.run(config, tmp_path / "run")
 
@@ -432,17 +479,45 @@ def test_pachinko_needs_coarse_labels(prepared, tmp_path):
         run.run(get("fedem_cifar10", **{"data.partition": "pachinko"}), tmp_path / "run")
 
 
-def test_unknown_and_missing_fields_are_named():
-    def factory(alpha, beta=1):
-        return alpha + beta
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_shows_everything_and_can_be_read_again(name):
+    """``config.json`` is a config whose fields all have a value or are None."""
+    plan = make_plan(importlib.import_module(f"configs.{name}").get_config())
+    again = make_plan(json.loads(json.dumps(plan.settings)))
+    assert json.dumps(again.settings) == json.dumps(plan.settings)
+    assert set(plan.settings["client"]) >= {"batch_size", "epochs", "steps", "max_norm"}
+    assert set(plan.settings["algorithm"]) == {"name", plan.name}
 
-    with pytest.raises(
-        ValueError, match="unknown field config.data.gamma; known fields: alpha, beta"
-    ):
-        settings.call(factory, {"alpha": 1, "gamma": 2}, "config.data")
-    with pytest.raises(ValueError, match="missing field config.data.alpha"):
-        settings.call(factory, {}, "config.data")
-    assert settings.call(factory, {"alpha": 1}, "config.data") == 2
+
+def test_an_algorithm_may_change_its_clients_settings():
+    config = get("fedem_synthetic")
+    assert make_plan(config).client["momentum"] == 0.9
+    config.algorithm.name = "fedprox"
+    assert make_plan(config).client["momentum"] == 0.0
+    config.algorithm.name = "pfedme"
+    plan = make_plan(config)
+    assert plan.client["learning_rate"] == 0.05 and plan.client["momentum"] == 0.0
+    assert plan.algorithm.values["learning_rate"] == 0.1
+    with config.unlocked():
+        config.algorithm.fedem.momentun = 0.5
+    config.algorithm.name = "fedem"
+    with pytest.raises(InputError, match="unknown field config.algorithm.fedem.momentun"):
+        make_plan(config)
+
+
+def test_a_missing_learning_rate_is_named():
+    config = get("hota_fedgradnorm", **{"algorithm.name": "fedavg"})
+    with pytest.raises(InputError, match="missing field config.algorithm.fedavg.learning_rate"):
+        make_plan(config)
+
+
+def test_clients_in_groups_can_be_sampled_drop_out_and_do_less(tmp_path):
+    changes = {"cohort_size": 2, "systems.drop_probability": 0.2, "systems.low": 0.5}
+    config = get("feddea_conflicting", **changes, num_rounds=1, eval_every=1, checkpoint_every=1)
+    config.seeds, config.client.keep_optimizer = (0,), True
+    config.algorithm.name = "fedavg"
+    summary = run.run(config, tmp_path / "run")
+    assert summary["metrics"]["server"]["participants"]["final_mean"] <= 4
 
 
 def test_variants():

@@ -24,7 +24,7 @@ EXAMPLES, TASKS = 1105, 29
     ],
 )
 def test_times_of_the_official_runs(method, curve, column, network):
-    """The reference's table: time until the stored curves are within 1, 0.1 and 0.01 of the optimum."""
+    """The reference's table: when the stored curves are within 1, 0.1 and 0.01 of the optimum."""
     rows = CURVES[curve]["curve"]
     optimum = CURVES["optimum_fixed_Omega"]["primal_generic_solver"]
     rounds = np.array([row["round"] for row in rows])

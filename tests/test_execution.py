@@ -1,4 +1,7 @@
-"""Client maps: all strategies give the same numbers; an averaging server's memory does not grow with the cohort."""
+"""Client maps: all strategies give the same numbers.
+
+An averaging server's memory does not grow with the cohort.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 from helpers import TASK
 
 from fedjax_mtl import (
+    Solver,
     algorithms,
     default_execution,
     make_execution,
@@ -49,7 +53,10 @@ def test_all_modes_agree(mode, work):
 
 
 def test_the_padding_of_a_chunk_cannot_spread_a_nan():
-    """Chunks repeat the first client; where that one is fine and its term is masked, nothing leaks."""
+    """Chunks are padded with the first client.
+
+    Where that client is fine and its term is masked, nothing leaks.
+    """
     x = jnp.array([1.0, 2.0, jnp.nan, 4.0])
     total, outs = sum_and_map_clients(lambda s, x: (x, x), make_execution("chunk", 3))(0, x)
     assert np.isnan(total)
@@ -72,12 +79,78 @@ def test_bad_executions(arguments, message):
         make_execution(*arguments)
 
 
-def test_defaults():
-    small = {"w": jax.ShapeDtypeStruct((60, 10), jnp.float32)}
-    large = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
-    assert default_execution(small, "cpu") == make_execution("chunk", 32)
-    assert default_execution(large, "cpu").mode == "map"
-    assert default_execution(large, "gpu").chunk > 100
+def shapes_of(size):
+    """Parameters of so many bytes, in two leaves."""
+    half = jax.ShapeDtypeStruct((size // 8,), jnp.float32)
+    return {"a": half, "b": half}
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "expected"),
+    [
+        # 2^18 bytes are a part of a core's cache; more than 32 clients bring nothing.
+        ("cpu", 2**18, ("map", None)),
+        ("cpu", 2**17 + 8, ("map", None)),
+        ("cpu", 2**17, ("chunk", 2)),
+        ("cpu", 50_000, ("chunk", 5)),
+        ("cpu", 2**13, ("chunk", 32)),
+        ("cpu", 8, ("chunk", 32)),
+        # An accelerator has 2 GiB for four copies of the parameters of every client in flight.
+        ("gpu", 2**30, ("map", None)),
+        ("gpu", 2**28, ("chunk", 2)),
+        ("gpu", 4_000_000, ("chunk", 134)),
+        ("tpu", 2**20, ("chunk", 512)),
+    ],
+)
+def test_defaults(platform, size, expected):
+    chosen = default_execution(shapes_of(size), platform)
+    assert (chosen.mode, chosen.chunk) == expected and chosen.mesh is None
+
+
+def test_the_default_platform_is_jaxs():
+    own = shapes_of(2**20)
+    assert default_execution(own) == default_execution(own, jax.default_backend())
+    narrow = {"a": jax.ShapeDtypeStruct((2**16,), jnp.bfloat16)}
+    assert default_execution(narrow, "cpu").chunk == 2
+
+
+@jax.custom_batching.custom_vmap
+def beside(own):
+    """How many clients run at once with this one, and the largest number among them."""
+    return jnp.int32(1), own
+
+
+@beside.def_vmap
+def _beside_others(count, batched, own):
+    del batched
+    return (jnp.full(count, count, jnp.int32), jnp.full_like(own, jnp.max(own))), (True, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "lanes"), [("vmap", 7), ("map", 1), ("chunk-3", 3), ("chunk-5", 4), ("chunk-9", 7)]
+)
+def test_how_many_clients_run_at_once(mode, lanes):
+    """Clients run in as few chunks as suffice, which have one width.
+
+    Seven clients in chunks of up to five make two chunks of four.
+    """
+    name, _, chunk = mode.partition("-")
+    execution = make_execution(name, int(chunk) if chunk else None)
+    counts, _ = map_clients(lambda _, own: beside(own), execution)(None, jnp.arange(7))
+    np.testing.assert_array_equal(counts, [lanes] * 7)
+
+
+def test_clients_of_like_work_share_a_chunk():
+    """Clients are sorted by their work, because a chunk runs as long as its slowest client.
+
+    Outputs come back in order.
+    """
+    work = jnp.array([5, 1, 4, 2, 3, 0])
+    execution = make_execution("chunk", 2)
+    _, largest = map_clients(lambda _, own: beside(own), execution, work)(None, work)
+    np.testing.assert_array_equal(largest, [5, 1, 5, 3, 3, 1])
+    _, unsorted = map_clients(lambda _, own: beside(own), execution)(None, work)
+    np.testing.assert_array_equal(unsorted, [5, 5, 4, 4, 3, 3])
 
 
 def temporary_bytes(cohort, server=None):
@@ -92,8 +165,7 @@ def temporary_bytes(cohort, server=None):
         models.mlp((256,), 3, (256,)),
         TASK,
         num_clients=cohort,
-        plan=batching.epochs(1, 2),
-        optimizer=optax.sgd(0.1),
+        solver=Solver(optax.sgd(0.1), batching.epochs(1, 2)),
         server=server,
         execution=make_execution("chunk", 2),
     )
@@ -118,7 +190,8 @@ def test_importing_the_package_needs_only_jax_flax_optax_and_numpy():
     import subprocess
     import sys
 
-    heavy = "{'networkx', 'orbax', 'tensorflow_datasets', 'ml_collections', 'matplotlib', 'scipy.stats', 'sklearn', 'tensorflow'}"
+    heavy = {"networkx", "orbax", "ml_collections", "matplotlib", "scipy.stats", "sklearn"}
+    heavy |= {"tensorflow", "tensorflow_datasets"}
     code = f"import sys, fedjax_mtl; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,1 +1,1 @@
-"""Speed, beside peers."""
+"""Parts of the speed benchmarks, and what they compare this library with."""

@@ -27,7 +27,6 @@ left to the caller's settings. This module itself needs only numpy; a peer impor
 it is built.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,14 +38,6 @@ RoundFn = Callable[[], None]
 # Stacked convolutions run as grouped ones, which gain nothing there from a longer stack and need
 # memory in proportion.
 _CPU_VMAP_CHUNK = {"cnn": 2}
-
-_REQUIRED_PACKAGES = {
-    "fedjax": ("fedjax", "jax", "haiku"),
-    "torch_loop": ("torch",),
-    "torch_loop_tuned": ("torch",),
-    "torch_vmap": ("torch",),
-    "torch_vmap_tuned": ("torch",),
-}
 
 
 class Workload(NamedTuple):
@@ -79,8 +70,7 @@ def build_fedjax(workload: Workload) -> RoundFn:
     from fedjax.algorithms import fed_avg
 
     # fedjax 0.0.17 calls jax.tree_map, which newer versions of jax have dropped.
-    if not hasattr(jax, "tree_map"):
-        jax.tree_map = jax.tree_util.tree_map
+    vars(jax).setdefault("tree_map", jax.tree_util.tree_map)
 
     model = _fedjax_model(workload)
     datasets = [
@@ -123,7 +113,7 @@ def build_torch_loop(workload: Workload) -> RoundFn:
     global_state = {name: value.clone() for name, value in model.state_dict().items()}
     weights = _client_weights(workload)
 
-    def train_client(client_inputs, client_labels) -> None:
+    def train_client(client_inputs: Any, client_labels: Any) -> None:
         model.load_state_dict(global_state)
         optimizer = torch.optim.SGD(model.parameters(), lr=workload.learning_rate)
         for batch_inputs, batch_labels in _client_batches(
@@ -158,7 +148,7 @@ def build_torch_loop_tuned(workload: Workload) -> RoundFn:
     global_params = [param.detach().clone() for param in params]
     weights = _client_weights(workload)
 
-    def train_client(client_inputs, client_labels) -> None:
+    def train_client(client_inputs: Any, client_labels: Any) -> None:
         for batch_inputs, batch_labels in _client_batches(
             client_inputs, client_labels, workload.batch_size
         ):
@@ -212,7 +202,7 @@ def _build_vmap(workload: Workload, descend: Callable[[Any, Any, float], Any]) -
 
     gradients = torch.func.vmap(torch.func.grad(loss))
 
-    def train_clients(chunk_inputs, chunk_labels) -> dict[str, Any]:
+    def train_clients(chunk_inputs: Any, chunk_labels: Any) -> dict[str, Any]:
         count = len(chunk_labels)
         params = {name: value.expand(count, *value.shape) for name, value in global_params.items()}
         for batch in _shuffled_batches(chunk_inputs, chunk_labels, workload.batch_size):
@@ -344,12 +334,3 @@ PEERS: dict[str, Callable[[Workload], RoundFn]] = {
     "torch_vmap": build_torch_vmap,
     "torch_vmap_tuned": build_torch_vmap_tuned,
 }
-
-
-def available_peers() -> list[str]:
-    """Names of the peers whose packages are installed, in the order of `PEERS`."""
-    return [
-        name
-        for name in PEERS
-        if all(importlib.util.find_spec(package) for package in _REQUIRED_PACKAGES[name])
-    ]

@@ -2,33 +2,39 @@
 
     python -m experiments.figures.round_times runs/stragglers/* [--output=runs/stragglers/times]
 
-Writes a figure (PNG and PDF), a panel a network, and prints when each run reached which sub-optimality. The optimum is the largest dual value that any
-run reached; the estimate is that of the released code, ``costs.estimated_round_time``, with stragglers charged at the largest possible budget.
+Writes a figure (PNG and PDF) with one panel a network, and prints when each run reached which
+sub-optimality. The optimum is the largest dual value that any of the runs reached. The estimate of
+time is that of MOCHA's released code, :func:`fedjax_mtl.costs.estimated_round_time`; stragglers are
+charged at the largest possible budget.
 """
 
+import argparse
 import json
 import pathlib
-import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 
-from experiments.outputs import workdir
+from experiments.outputs import telemetry, workdir
 from fedjax_mtl import costs
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from fedjax_mtl.core.checks import InputError
 
 TARGETS = (1.0, 0.1, 0.01)
 
 
 class Course(NamedTuple):
-    """One run.
+    """How one run went.
 
     Attributes:
-        name: of its directory. method: of its algorithm. num_tasks: nodes.
-        rounds: done at each evaluation, ``[evaluations]``. primal, dual, slowest: means over the rounds between evaluations, of the values and of the slowest node's steps.
+        name: of its directory.
+        method: the name of its algorithm.
+        num_tasks: how many nodes there are.
+        rounds: how many were done at each evaluation, ``[evaluations]``.
+        primal: the primal value, mean over the rounds since the evaluation before,
+            ``[evaluations]``.
+        dual: the dual value, likewise.
+        slowest: the steps of the node that made most, likewise.
         steps: coordinate steps of all nodes in a round at the largest possible budget.
     """
 
@@ -43,42 +49,44 @@ class Course(NamedTuple):
 
 
 def read_course(directory: pathlib.Path) -> Course:
-    """The course of a work directory's first seed.
+    """Returns the course of the first seed of a work directory.
 
     Raises:
-        ValueError: a run that reports no primal values.
+        InputError: a run that reports no primal values.
     """
     config = json.loads((directory / "config.json").read_text())
-    rows = [
-        row
-        for row in workdir.read_rows(directory / "metrics.jsonl")
-        if row["split"] == "server" and row["seed"] == config["seeds"][0]
-    ]
+    every = list(workdir.read_rows(directory / "metrics.jsonl"))
+    seeds = config["seeds"]
+    rows = [row for row in every if row["split"] == "server" and row["seed"] == seeds[0]]
     if not rows or "primal" not in rows[0]:
-        raise ValueError(
+        raise InputError(
             f"{directory} has no primal values; round times are for MOCHA and the methods around it"
         )
-    clients = sum("client" in row for row in workdir.read_rows(directory / "metrics.jsonl"))
 
-    def column(name):
+    def column(name: str) -> np.ndarray:
         return np.array([row.get(name, -np.inf) for row in rows])
 
     method = config["algorithm"]["name"]
     passes = config["algorithm"][method].get("passes", 1.0)
     return Course(
-        directory.name,
-        method,
-        clients // len(config["seeds"]),
-        column("round"),
-        column("primal"),
-        column("dual"),
-        column("slowest_steps"),
-        min(passes, config["systems"]["high"]) * rows[0]["num_examples"],
+        name=directory.name,
+        method=method,
+        num_tasks=sum("client" in row for row in every) // len(seeds),
+        rounds=column("round"),
+        primal=column("primal"),
+        dual=column("dual"),
+        slowest=column("slowest_steps"),
+        steps=min(passes, config["systems"]["high"]) * rows[0]["num_examples"],
     )
 
 
 def elapsed(course: Course, network: str) -> np.ndarray:
-    """Estimated time at each evaluation, ``[evaluations]``."""
+    """The estimated time at each evaluation, ``[evaluations]``.
+
+    Args:
+        course: of a run.
+        network: one of ``costs.NETWORKS``.
+    """
     between = np.diff(course.rounds, prepend=0)
     one = costs.estimated_round_time(
         course.method,
@@ -90,9 +98,17 @@ def elapsed(course: Course, network: str) -> np.ndarray:
     return np.cumsum(between * one)
 
 
-def times_to(courses: list[Course], optimum: float, network: str) -> dict[str, list[float | None]]:
-    """When each run's sub-optimality first was at most each of ``TARGETS``; None where never."""
-    table = {}
+def times_to(
+    courses: Sequence[Course], optimum: float, network: str
+) -> dict[str, list[float | None]]:
+    """When each run's sub-optimality first was at most each of ``TARGETS``; None where never.
+
+    Args:
+        courses: of the runs.
+        optimum: the primal value that sub-optimality is counted from.
+        network: one of ``costs.NETWORKS``.
+    """
+    table: dict[str, list[float | None]] = {}
     for course in courses:
         when = elapsed(course, network)
         reached = [when[course.primal - optimum <= target] for target in TARGETS]
@@ -100,9 +116,18 @@ def times_to(courses: list[Course], optimum: float, network: str) -> dict[str, l
     return table
 
 
-def draw(courses: list[Course], optimum: float, output: pathlib.Path) -> None:
-    """Sub-optimality over time, a panel a network."""
-    figure, axes = plt.subplots(1, len(costs.NETWORKS), figsize=(12, 3.5), sharey=True)
+def draw(courses: Sequence[Course], optimum: float, output: pathlib.Path) -> None:
+    """Draws sub-optimality over time, with one panel a network.
+
+    Args:
+        courses: of the runs.
+        optimum: the primal value that sub-optimality is counted from.
+        output: the path of the figure without its ending.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.5))
+    axes = figure.subplots(1, len(costs.NETWORKS), sharey=True)
     for axis, network in zip(axes, costs.NETWORKS, strict=True):
         for course in courses:
             gap = np.maximum(course.primal - optimum, 1e-12)
@@ -112,26 +137,40 @@ def draw(courses: list[Course], optimum: float, output: pathlib.Path) -> None:
     axes[0].legend()
     for suffix in (".png", ".pdf"):
         figure.savefig(output.with_suffix(suffix), bbox_inches="tight", dpi=150)
-    plt.close(figure)
 
 
-def main(arguments: list[str]) -> None:
-    """Work directories, and ``--output``."""
-    outputs = [a.partition("=")[2] for a in arguments if a.startswith("--output=")]
-    directories = [pathlib.Path(a) for a in arguments if not a.startswith("--")]
+def report(directories: Sequence[pathlib.Path], output: pathlib.Path | None) -> None:
+    """Draws the figure and prints the times.
+
+    Args:
+        directories: of the runs; those without metrics are passed over.
+        output: the path of the figure without its ending; None is ``times`` beside the first run.
+
+    Raises:
+        InputError: no directory of a run, or one that reports no primal values.
+    """
     courses = [read_course(d) for d in directories if (d / "metrics.jsonl").exists()]
     if not courses:
-        raise SystemExit("name work directories of finished runs, e.g. runs/stragglers/*")
+        raise InputError("name work directories of finished runs, e.g. runs/stragglers/*")
     optimum = max(course.dual.max() for course in courses)
-    output = pathlib.Path(outputs[0]) if outputs else directories[0].parent / "times"
-    draw(courses, optimum, output)
+    draw(courses, optimum, output or directories[0].parent / "times")
+    targets = ", ".join(map(str, TARGETS))
     for network in costs.NETWORKS:
-        print(
-            f"\n{network}: estimated time to a primal sub-optimality of {', '.join(map(str, TARGETS))}"
-        )
+        print(f"\n{network}: estimated time to a primal sub-optimality of {targets}")
         for name, times in times_to(courses, optimum, network).items():
             print(f"  {name:16s}", *("never" if t is None else f"{t:10.3g}" for t in times))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directories", nargs="*", type=pathlib.Path, help="of finished runs")
+    parser.add_argument("--output", type=pathlib.Path, help="the figure's path without its ending")
+    arguments = parser.parse_args(argv)
+    telemetry.exit_on_bad_input(lambda: report(arguments.directories, arguments.output))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

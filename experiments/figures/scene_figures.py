@@ -1,31 +1,42 @@
-"""A figure of dense samples: image, every label and, with a trained run, every prediction.
+r"""A figure of dense samples: image, every label and, with a trained run, every prediction.
 
-python -m experiments.figures.scene_figures --domain=A --index=3 --output=scene.png
-python -m experiments.figures.scene_figures --workdir=runs/fedbone/fedbone --output=predictions.png
+    python -m experiments.figures.scene_figures --domain=A --index=3 --output=scene.png
+    python -m experiments.figures.scene_figures --workdir=runs/fedbone/fedbone \
+        --output=predictions.png
 """
 
 import argparse
 import json
 import pathlib
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
-from experiments import build
+from experiments import assembly
+from experiments.outputs import telemetry
 from experiments.outputs.checkpoints import Checkpoints
-from experiments.problems.base import PopulationProblem
+from experiments.outputs.stages import first_shapes
+from experiments.plan import Plan, make_plan
+from fedjax_mtl import Algorithm
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.data import rendered
+from fedjax_mtl.data.problem import ProblemGroup
 
+PyTree = Any
 Panels = list[tuple[str, np.ndarray]]
 
 _DISCRETE = {"semseg": max(rendered.NUM_SEMSEG.values()), "human_parts": rendered.NUM_PARTS}
 
 
 def shown(task: str, values: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """A label or decoded prediction ``[h, w, channels]`` as an image, and how to draw it; 255 is blank."""
+    """A label or a decoded prediction as an image, and how ``imshow`` draws it.
+
+    Args:
+        task: its name; ``image`` for the picture itself.
+        values: ``[h, w, channels]``; pixels that are ``rendered.IGNORE`` everywhere stay blank.
+    """
     blank = np.all(values == rendered.IGNORE, axis=-1)
     if task == "normals":
         return np.where(blank[..., None], 1.0, (values.clip(-1, 1) + 1) / 2), {}
@@ -45,7 +56,12 @@ def shown(task: str, values: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def decoded(task: str, outputs: np.ndarray) -> np.ndarray:
-    """A model's outputs ``[h, w, channels]`` in the form of the task's labels."""
+    """A prediction in the form of the task's labels, ``[h, w, channels]``.
+
+    Args:
+        task: its name.
+        outputs: a model's outputs for one image, ``[h, w, output channels]``.
+    """
     if task in _DISCRETE:
         return outputs.argmax(-1)[..., None].astype(np.float32)
     if task == "sal":
@@ -55,8 +71,14 @@ def decoded(task: str, outputs: np.ndarray) -> np.ndarray:
     return outputs
 
 
-def draw(rows: list[Panels], path: pathlib.Path) -> None:
-    """One row of panels a sample, each ``(title, [h, w, channels])`` whose title starts with the task."""
+def draw(rows: Sequence[Panels], path: pathlib.Path) -> None:
+    """Draws one row of panels a sample.
+
+    Args:
+        rows: of each sample its panels, ``(title, values [h, w, channels])``. A title starts with
+            the name of the task.
+        path: of the figure.
+    """
     from matplotlib.figure import Figure
 
     width = max(len(row) for row in rows)
@@ -73,44 +95,80 @@ def draw(rows: list[Panels], path: pathlib.Path) -> None:
 
 
 def of_scene(domain: str, index: int, size: str, extras: bool = True) -> Panels:
-    """The panels of one rendered scene with all its labels."""
+    """The panels of one rendered scene, with all its labels.
+
+    Args:
+        domain: ``A`` or ``B``.
+        index: which scene of the test set.
+        size: one of ``rendered.SIZES``.
+        extras: as for :func:`fedjax_mtl.data.rendered.render`.
+    """
     sample = rendered.preprocess(rendered.render(domain, "test", index, size, extras=extras))
     return [(name, values) for name, values in sample.items() if name != "meta"]
 
 
 def of_run(directory: pathlib.Path, index: int) -> list[Panels]:
-    """For every group of a finished run: an image of its test set, its labels and its first client's predictions, of the first seed.
+    """The panels of every group of a finished run.
+
+    Each group has an image, its labels, and the predictions of its first client, which are those
+    of the run's first seed.
+
+    Args:
+        directory: of the run.
+        index: which image of each group's test set.
 
     Raises:
-        ValueError: the run was not on scenes, or has no checkpoint.
+        InputError: the run was not on scenes, or has no checkpoint.
+        FileNotFoundError: there is no run.
     """
-    config = ml_collections.ConfigDict(json.loads((directory / "config.json").read_text()))
-    problem = build.make_problem(config)
-    if not isinstance(problem, PopulationProblem) or config.data.name != "scenes":
-        raise ValueError(f"{directory} is no run on scenes; its data are {config.data.name!r}")
-    algorithm, _ = build.make_algorithm(config, problem)
+    plan = make_plan(json.loads((directory / "config.json").read_text()))
+    if plan.data.name != "scenes":
+        raise InputError(f"{directory} is no run on scenes; its data are {plan.data.name!r}")
+    problem = assembly.make_problem(plan)
+    algorithm, _ = assembly.make_algorithm(plan, problem)
+    state = _first_state(directory, plan, algorithm)
+    return [
+        _of_group(algorithm, state, name, group, index)
+        for name, group in sorted(problem.groups.items())
+    ]
+
+
+def _first_state(directory: pathlib.Path, plan: Plan, algorithm: Algorithm) -> PyTree:
+    """The newest state of a run's first seed."""
     checkpoints = Checkpoints(directory / "checkpoints")
     last = checkpoints.latest_round()
     if last is None:
-        raise ValueError(f"{directory} holds no checkpoint; run it first")
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(config.seeds)))
-    state, _ = checkpoints.restore(last, jax.eval_shape(jax.vmap(algorithm.init), keys))
-    state = jax.tree.map(lambda leaf: leaf[0], state)
-    rows = []
-    for name, federation in sorted(problem.splits.test.items()):
-        row = federation.indices[0, index % federation.capacity]
-        example = jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), federation.examples)
-        inputs = {name: example["inputs"][None, None]}
-        outputs = algorithm.predict(state, {name: np.zeros(1, np.int32)}, inputs)[name]
-        panels: Panels = [("image", (example["inputs"] + 1) * 127.5)]
-        for task in problem.outputs[name]:
-            panels.append((f"{task} ({name})", example["labels"][task]))
-            panels.append((f"{task} predicted", decoded(task, np.asarray(outputs[task][0, 0]))))
-        rows.append(panels)
-    return rows
+        raise InputError(f"{directory} holds no checkpoint; run it first")
+    states, _ = checkpoints.restore(last, first_shapes(algorithm, len(plan.course.seeds)))
+    checkpoints.close()
+    return jax.tree.map(lambda leaf: leaf[0], states)
 
 
-def main(argv: list[str] | None = None) -> None:
+def _of_group(
+    algorithm: Algorithm, state: PyTree, name: str, group: ProblemGroup, index: int
+) -> Panels:
+    """The panels of one group's image."""
+    test = group.splits.test
+    row = test.indices[0, index % test.capacity]
+    example = jax.tree.map(lambda leaf: np.asarray(leaf[row]), test.examples)
+    first = {name: np.zeros(1, np.int32)}
+    outputs = algorithm.predict(state, first, {name: example["inputs"][None, None]})[name]
+    panels: Panels = [("image", (example["inputs"] + 1) * 127.5)]
+    assert isinstance(group.outputs, dict)  # scenes have outputs by task
+    for task in group.outputs:
+        panels.append((f"{task} ({name})", example["labels"][task]))
+        panels.append((f"{task} predicted", decoded(task, np.asarray(outputs[task][0, 0]))))
+    return panels
+
+
+def _rows(arguments: argparse.Namespace) -> list[Panels]:
+    """What the command line asks for."""
+    if arguments.workdir is not None:
+        return of_run(arguments.workdir, arguments.index)
+    return [of_scene(arguments.domain, arguments.index, arguments.size)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,15 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("scene.png"))
     arguments = parser.parse_args(argv)
-    try:
-        rows = (
-            of_run(arguments.workdir, arguments.index)
-            if arguments.workdir
-            else [of_scene(arguments.domain, arguments.index, arguments.size)]
-        )
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    draw(rows, arguments.output)
+    telemetry.exit_on_bad_input(lambda: draw(_rows(arguments), arguments.output))
     print(f"written: {arguments.output}")
 
 

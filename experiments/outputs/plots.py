@@ -5,12 +5,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.outputs.comparisons import primary_metrics
+from experiments.outputs import workdir
+from experiments.outputs.comparisons import (
+    Descriptions,
+    primary_metrics,
+    shown_unit,
+    with_unit,
+)
 
 Rows = list[dict[str, Any]]
 
 
-def _figure(columns: int):
+def _figure(columns: int) -> tuple[Any, np.ndarray]:
+    """A figure and its axes, ``[1, columns]``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,7 +28,7 @@ def _figure(columns: int):
     )
 
 
-def _save(figure, stem: pathlib.Path) -> None:
+def _save(figure: Any, stem: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     for suffix in (".png", ".pdf"):
@@ -37,61 +44,90 @@ def _styles(count: int) -> list[dict[str, str]]:
 
 
 class Panel(NamedTuple):
-    """A metric of a split of clients, of one group where there are groups."""
+    """A metric of a split of clients, of one group where there are groups.
+
+    Attributes:
+        split: of the clients.
+        metric: as the rows name it.
+        title: stands above it.
+        label: stands at its axis, with the unit.
+        scale: by which values are multiplied to be in that unit.
+        group: of clients; None where there are none.
+    """
 
     split: str
     metric: str
     title: str
+    label: str
+    scale: float = 1.0
     group: str | None = None
 
     def shows(self, row: dict[str, Any]) -> bool:
+        """Whether a row has the panel's value."""
         return row["split"] == self.split and row.get("group") == self.group and self.metric in row
 
 
 def series(rows: Rows, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds ``[n]`` and values ``[n, seeds]`` of a metric."""
+    """Rounds ``[n]`` and values ``[n, seeds]`` of a metric, in the panel's unit."""
     by_round: dict[int, dict[int, float]] = {}
     for row in rows:
-        metric = panel.metric
         if panel.shows(row) and "client" not in row:
-            by_round.setdefault(row["round"], {})[row["seed"]] = row[metric]
+            value = panel.scale * row[panel.metric]
+            by_round.setdefault(row["round"], {})[row["seed"]] = value
     seeds = sorted({seed for own in by_round.values() for seed in own})
     rounds = [r for r in sorted(by_round) if len(by_round[r]) == len(seeds)]
     return np.array(rounds), np.array([[by_round[r][s] for s in seeds] for r in rounds])
 
 
-def _main_metric(rows: Rows) -> str:
-    names = {name for row in rows for name in row}
-    return next(
-        (name for name in ("accuracy", "normalised_error", "squared_error") if name in names),
-        "loss",
-    )
+def _panel(
+    split: str, metric: str, title: str, descriptions: Descriptions, group: str | None = None
+) -> Panel:
+    described = descriptions[workdir.full_name(metric, group)]
+    scale, _ = shown_unit(described)
+    label = with_unit(metric.rpartition("/")[2].replace("_", " "), described)
+    return Panel(split, metric, title, label, scale, group)
 
 
-def _group_panels(rows: Rows) -> list[Panel]:
-    """One panel for each group's primary metrics; none where there are no groups."""
+def _task_panels(runs: dict[str, Rows], descriptions: Descriptions) -> list[Panel]:
+    """One panel for the primary metric of each task, of each group where there are groups."""
     found: dict[tuple[str, str], Panel] = {}
-    for row in rows:
-        if "group" in row:
-            for metric in primary_metrics(row).values():
-                title = f"{row['group']}: {metric.rpartition('/')[2]}"
-                found[row["group"], metric] = Panel("train_clients", metric, title, row["group"])
+    for row in (row for rows in runs.values() for row in rows):
+        if row["split"] != "train_clients":
+            continue
+        group = row.get("group")
+        for metric in primary_metrics(row, descriptions):
+            title = ": ".join(filter(None, (group, metric.rpartition("/")[0])))
+            found[group or "", metric] = _panel("train_clients", metric, title, descriptions, group)
     return [found[key] for key in sorted(found)]
 
 
-def curves(runs: dict[str, Rows], stem: pathlib.Path) -> None:
-    """Learning curves of named runs: the main metric of training clients, its bottom decile, held-out clients, and the loss.
+def _curve_panels(metric: str, descriptions: Descriptions) -> list[Panel]:
+    """What is shown of a run with one task whose clients do not come in groups."""
+    shown = (
+        ("train_clients", metric, "training clients"),
+        ("train_clients", f"{metric}_bottom_decile", "bottom decile of training clients"),
+        ("unseen_clients", metric, "held-out clients"),
+        ("train_clients", "loss", "test loss, training clients"),
+    )
+    unique = {(split, name): title for split, name, title in shown}
+    return [_panel(split, name, title, descriptions) for (split, name), title in unique.items()]
 
-    Lines are means over seeds, bands one standard deviation. Writes ``stem``.png and .pdf.
+
+def curves(runs: dict[str, Rows], descriptions: Descriptions, stem: pathlib.Path) -> None:
+    """Learning curves of named runs.
+
+    They show the primary metric of training clients, its bottom decile, held-out clients, and the
+    loss; where there are several tasks, the primary metric of each. Lines are means over seeds,
+    bands one standard deviation. Writes ``stem``.png and .pdf.
+
+    Args:
+        runs: metric rows by the run's name.
+        descriptions: how the metrics are to be read.
+        stem: the files' path without its ending.
     """
-    every = [row for rows in runs.values() for row in rows]
-    metric = _main_metric(every)
-    panels = _group_panels(every) or [
-        Panel("train_clients", metric, f"{metric}, training clients"),
-        Panel("train_clients", f"{metric}_bottom_decile", f"{metric}, bottom decile of clients"),
-        Panel("unseen_clients", metric, f"{metric}, held-out clients"),
-        Panel("train_clients", "loss", "test loss, training clients"),
-    ]
+    panels = _task_panels(runs, descriptions)
+    if len(panels) == 1 and panels[0].group is None:
+        panels = _curve_panels(panels[0].metric, descriptions)
     panels = [p for p in panels if any(len(series(rows, p)[0]) for rows in runs.values())]
     figure, axes = _figure(max(len(panels), 1))
     styles = dict(zip(runs, _styles(len(runs)), strict=True))
@@ -107,6 +143,7 @@ def curves(runs: dict[str, Rows], stem: pathlib.Path) -> None:
             )
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel("round")
+        axis.set_ylabel(panel.label)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(
@@ -115,23 +152,40 @@ def curves(runs: dict[str, Rows], stem: pathlib.Path) -> None:
     _save(figure, stem)
 
 
-def client_distributions(runs: dict[str, Rows], stem: pathlib.Path) -> None:
-    """The main metric of every client at the end, one box a run; all seeds together. Writes ``stem``.png and .pdf."""
+def client_distributions(
+    runs: dict[str, Rows], descriptions: Descriptions, stem: pathlib.Path
+) -> None:
+    """The primary metrics of every client at the end, one box a run; all seeds together.
+
+    Writes ``stem``.png and .pdf.
+
+    Args:
+        runs: metric rows by the run's name.
+        descriptions: how the metrics are to be read.
+        stem: the files' path without its ending.
+    """
     every = [row for rows in runs.values() for row in rows if "client" in row]
-    metric = _main_metric(every)
-    panels = _group_panels(every) or [
-        Panel(split, metric, f"{metric} of each of the {split.replace('_', ' ')}")
-        for split in ("train_clients", "unseen_clients")
-    ]
+    panels = _task_panels(runs, descriptions)
+    if len(panels) == 1 and panels[0].group is None:
+        metric = panels[0].metric
+        panels = [
+            _panel(split, metric, f"each of the {split.replace('_', ' ')}", descriptions)
+            for split in ("train_clients", "unseen_clients")
+        ]
     panels = [p for p in panels if any(p.shows(row) for row in every)]
     figure, axes = _figure(max(len(panels), 1))
     for axis, panel in zip(axes[0], panels, strict=False):
         values = [
-            [row[panel.metric] for row in rows if "client" in row and panel.shows(row)]
+            [
+                panel.scale * row[panel.metric]
+                for row in rows
+                if "client" in row and panel.shows(row)
+            ]
             for rows in runs.values()
         ]
         axis.boxplot(values, tick_labels=list(runs), whis=(10, 90), showmeans=True)
         axis.set_title(panel.title, fontsize=10)
+        axis.set_ylabel(panel.label)
         axis.tick_params(axis="x", labelrotation=30)
         axis.grid(alpha=0.3, axis="y")
     _save(figure, stem)

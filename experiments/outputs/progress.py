@@ -4,13 +4,20 @@ import rich.console
 import rich.progress
 
 # Everything should fit a line of 80 characters.
-_SHORT = {"accuracy": "acc", "accuracy_bottom_decile": "decile", "unseen_accuracy": "unseen"}
+_SHORT = {"accuracy": "acc"}
 
 
 class Progress:
     """Used as a context; where the output is not a terminal it prints about ten lines instead."""
 
-    def __init__(self, name: str, num_rounds: int, start: int):
+    def __init__(self, name: str, num_rounds: int, start: int) -> None:
+        """Prepares the bar.
+
+        Args:
+            name: what is in progress.
+            num_rounds: of the whole run.
+            start: rounds that were done before.
+        """
         self._console = rich.console.Console(soft_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("[bold]{task.description}"),
@@ -35,10 +42,15 @@ class Progress:
         self._bar.stop()
 
     def show(self, done: int, metrics: dict[str, float]) -> None:
-        """Moves the bar to ``done`` rounds."""
+        """Moves the bar.
+
+        Args:
+            done: rounds so far.
+            metrics: the newest values, by name.
+        """
         text = " ".join(f"{_SHORT.get(name, name)} {value:.3f}" for name, value in metrics.items())
         seconds = self._bar.tasks[0].elapsed or 0.0
-        # The first block includes compiling; the rate is an underestimate that gets better.
+        # The first block includes compiling: the rate is too low at first and gets better.
         speed = f"{(done - self._start) / seconds:.1f}/s" if seconds and done > self._start else ""
         self._bar.update(self._task, completed=done, speed=speed, metrics=text)
         if not self._console.is_terminal and (done >= self._next_line or done == self._total):

@@ -4,8 +4,10 @@ from fedjax_mtl.algorithms._anchored import ditto, fedamp, fedmtl
 from fedjax_mtl.algorithms._apfl import apfl
 from fedjax_mtl.algorithms._clustered import clustered
 from fedjax_mtl.algorithms._fairness import agnostic, q_ffl
+from fedjax_mtl.algorithms._fedadam import fedadam
 from fedjax_mtl.algorithms._fedavg import fedavg, fedavg_tuned, fedprox, local
 from fedjax_mtl.algorithms._fedbone import fedbone
+from fedjax_mtl.algorithms._feddea import feddea
 from fedjax_mtl.algorithms._fedem import decentralized_fedem, fedem, fedem_client
 from fedjax_mtl.algorithms._fedgradnorm import fedgradnorm, hota_fedgradnorm
 from fedjax_mtl.algorithms._l2sgd import l2sgd
@@ -21,21 +23,21 @@ from fedjax_mtl.algorithms._mocha_baselines import (
 from fedjax_mtl.algorithms._partial import fedbn, fedper, fedrep, lg_fedavg
 from fedjax_mtl.algorithms._pfedme import pfedme
 from fedjax_mtl.algorithms._related import fedhca2, fedu, matfl, mixed_clients, sheaf_fmtl
-from fedjax_mtl.rounds.lock_step import SplitGroup
 
 __all__ = [
-    "SplitGroup",
     "agnostic",
     "apfl",
     "clustered",
     "cocoa",
     "decentralized_fedem",
     "ditto",
+    "fedadam",
     "fedamp",
     "fedavg",
     "fedavg_tuned",
     "fedbn",
     "fedbone",
+    "feddea",
     "fedem",
     "fedem_client",
     "fedgradnorm",

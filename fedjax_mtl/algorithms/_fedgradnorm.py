@@ -1,30 +1,51 @@
-"""FedGradNorm (Mortaheb, Vahapoglu, Ulukus, arXiv 2203.13663) and HOTA-FedGradNorm (arXiv 2212.07414).
+"""FedGradNorm and HOTA-FedGradNorm: gradient normalisation between tasks that clients have.
 
-Every client owns one task: a shared body, a personal head. A round is FedRep's, first the head, then the body with the head frozen; the server weighs the clients' mean gradients by GradNorm.
-Goal, split, dynamic weights and baseline are the papers'; the order of lines and all values are reconstructed, and every unsettled reading is an argument.
+FedGradNorm: Mortaheb, Vahapoglu, Ulukus, arXiv 2203.13663; HOTA-FedGradNorm: the same, arXiv
+2212.07414. Every client owns one task: a shared body, a personal head. A round is FedRep's, first
+the head, then the body with the head frozen; the server weighs the clients' mean gradients by
+GradNorm. Goal, split, dynamic weights and baseline are the papers'; the order of lines and all
+values are reconstructed, and every unsettled reading is an argument.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from fedjax_mtl.clients.updates import ClientUpdate, Phase, local_trainer
+from fedjax_mtl.algorithms._partial import DECODERS
+from fedjax_mtl.clients.training import Solver
+from fedjax_mtl.clients.updates import ClientResult, ClientUpdate, Phase, local_trainer
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.algorithm import Algorithm, Info
 from fedjax_mtl.core.batching import BatchPlan
+from fedjax_mtl.core.checks import InputError, check_choice
+from fedjax_mtl.core.federation import ClientView
+from fedjax_mtl.core.model import Model
+from fedjax_mtl.core.task import Task
 from fedjax_mtl.execution import Execution
-from fedjax_mtl.models import Model
-from fedjax_mtl.rounds.federated import Algorithm, federated
+from fedjax_mtl.rounds.composition import FederatedState
+from fedjax_mtl.rounds.federated import federated
+from fedjax_mtl.rounds.groups import (
+    Counts,
+    Models,
+    Server,
+    Tasks,
+    each_group,
+    population_ids,
+    population_size,
+)
 from fedjax_mtl.server import average_clients, normalize_gradients
 from fedjax_mtl.server.wireless import over_the_air_gradnorm
-from fedjax_mtl.tasks import Task
 
 PyTree = Any
 
 LOSS_POINTS = {"shared": "first", "before_head": "start", "full": "full"}
 NORMS = {"update": "update", "first_step": "first_step_norm", "mean_step": "mean_step_norm"}
+SERVER_STEP = optax.adam(0.01)
 
 
 def alternating_client(
@@ -39,22 +60,29 @@ def alternating_client(
     loss_point: str = "shared",
     measured: trees.PathPredicate = trees.everything,
 ) -> ClientUpdate:
-    """The client of FedGradNorm and FedRep: head steps with the body frozen, then body steps with the head frozen.
+    """The client of FedGradNorm and FedRep: steps of the head, then of the body, the other frozen.
 
     Args:
-        head: path predicate of the personal head. head_plan, head_optimizer: its steps. plan, optimizer: the body's.
-        loss_point: which loss it reports: ``shared``, at the first step of the body; ``before_head``; or ``full``, over all its data as received.
-        measured: leaves of the body whose gradient norms it reports.
+        model: what is trained.
+        task: what it is trained on.
+        head: path predicate of the personal head.
+        head_plan: the head's steps.
+        plan: the body's steps.
+        head_optimizer: of the head's steps.
+        optimizer: of the body's steps.
+        loss_point: which loss it reports: ``shared``, at the first step of the body;
+            ``before_head``, at the first step of the head; or ``full``, over all its data as
+            received.
+        measured: path predicate of the leaves of the body whose gradient norms it reports.
+
+    Raises:
+        InputError: an unknown loss point.
     """
-    if loss_point not in LOSS_POINTS:
-        raise ValueError(
-            f"unknown loss_point {loss_point!r}; expected one of {', '.join(LOSS_POINTS)}"
-        )
+    check_choice("loss_point", loss_point, LOSS_POINTS)
     return local_trainer(
         model,
         task,
-        optimizer,
-        plan,
+        Solver(optimizer, plan),
         personal=head,
         phases=[Phase(head, head_plan, head_optimizer), Phase(trees.negate(head), plan)],
         reported_loss=LOSS_POINTS[loss_point],
@@ -63,71 +91,100 @@ def alternating_client(
 
 
 def mean_gradients(learning_rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-    """Pseudo-gradients of plain SGD as mean gradients along the local path, ``[clients, ...] -> [clients, ...]``: divided by learning rate and steps made.
+    """Turns pseudo-gradients of plain SGD into mean gradients along the local path.
 
+    They are divided by the learning rate and the steps made, ``[clients, ...] -> [clients, ...]``.
     Extra arguments used: ``reports`` with ``num_steps`` ``[clients]``.
+
+    Args:
+        learning_rate: of the local steps.
     """
 
     def update(updates, state, params=None, *, reports, **extra_args):
         del params, extra_args
-        return trees.scale_clients(
-            1 / (learning_rate * jnp.maximum(reports["num_steps"], 1)), updates
-        ), state
+        lengths = learning_rate * jnp.maximum(reports["num_steps"], 1)
+        return trees.scale_clients(1 / lengths, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _check_plan(plan: BatchPlan) -> None:
     if plan.num_steps is None or (isinstance(plan.num_steps, int) and plan.num_steps < 1):
-        raise ValueError(
-            "fedgradnorm needs a plan of local steps (batching.steps, at least 1), whose mean gradient is sent"
+        raise InputError(
+            "fedgradnorm needs a plan of local steps (batching.steps, at least 1), whose mean "
+            "gradient is sent"
         )
 
 
 class WeightedClientState(NamedTuple):
-    """What a client that weighs its own loss keeps: the weight it was sent last, and its trainer's state."""
+    """What a client that weighs its own loss keeps.
+
+    Attributes:
+        weight: the weight it was sent last.
+        own: its trainer's state.
+    """
 
     weight: jax.Array
     own: PyTree
 
 
-def _self_weighting(make_client, task: Task) -> ClientUpdate:
-    """The client whose local loss is multiplied by the weight it was sent; it reports the unweighted loss."""
-    plain = make_client(task)
+def _self_weighting(
+    make_client: Callable[[Model, Task], ClientUpdate], model: Model, task: Task
+) -> ClientUpdate:
+    """The client whose local loss is multiplied by the weight it was sent.
 
-    def init(params):
+    It reports the loss without the weight.
+    """
+    plain = make_client(model, task)
+
+    def init(params: PyTree) -> WeightedClientState:
         return WeightedClientState(jnp.ones(()), plain.init(params))
 
-    def update(params, state, client, key):
+    def update(
+        params: PyTree, state: WeightedClientState, client: ClientView, key: jax.Array
+    ) -> ClientResult:
         scaled = task._replace(
             loss=lambda outputs, labels: state.weight * task.loss(outputs, labels)
         )
-        result = make_client(scaled).update(params, state.own, client, key)
+        result = make_client(model, scaled).update(params, state.own, client, key)
         metrics = result.metrics | {"loss": result.metrics["loss"] / state.weight}
-        return result._replace(
-            state=WeightedClientState(state.weight, result.state), metrics=metrics
-        )
+        kept = WeightedClientState(state.weight, result.state)
+        return result._replace(state=kept, metrics=metrics)
 
-    def predict(params, state, inputs):
+    def predict(params: PyTree, state: WeightedClientState, inputs: jax.Array) -> jax.Array:
         return plain.predict(params, state.own, inputs)
 
-    def adapt(params, client, key):
+    def adapt(params: PyTree, client: ClientView, key: jax.Array) -> WeightedClientState:
         return WeightedClientState(jnp.ones(()), plain.adapt(params, client, key))
 
     return ClientUpdate(init, update, predict, adapt, plain.shared)
 
 
+def _round_that_tells_weights(
+    algorithm: Algorithm, state: FederatedState, cohort: PyTree, key: jax.Array
+) -> tuple[FederatedState, Info]:
+    """A round after which every client, present or not, knows the weight of its loss."""
+    state, info = algorithm.round(state, cohort, key)
+    clients = algorithm.parts.by_group(state.clients)
+    counts = {name: group.num_clients for name, group in algorithm.parts.groups.items()}
+    told = {
+        name: own._replace(weight=info["loss_weights"][population_ids((name,), counts)])
+        for name, own in clients.items()
+    }
+    return state._replace(clients=algorithm.parts.outside(told)), info
+
+
 def fedgradnorm(
-    model: Model,
-    task: Task,
+    model: Models,
+    task: Tasks,
     *,
-    num_clients: int,
-    head: trees.PathPredicate,
-    head_plan: BatchPlan,
+    num_clients: Counts,
     plan: BatchPlan,
-    head_learning_rate: float | jax.Array,
     learning_rate: float | jax.Array,
-    server_optimizer: optax.GradientTransformation,
+    head: trees.PathPredicate = DECODERS,
+    head_plan: BatchPlan | None = None,
+    head_learning_rate: float | jax.Array = 0.02,
+    server_optimizer: Server | None = None,
     weight_learning_rate: float | jax.Array = 0.02,
     exponent: float | jax.Array = 0.6,
     measured: trees.PathPredicate = trees.everything,
@@ -138,48 +195,66 @@ def fedgradnorm(
     minimum: float = 1e-3,
     renormalise: bool = True,
     dynamic: bool = True,
-    before_average: optax.GradientTransformation | None = None,
+    before_average: Server | None = None,
     execution: Execution | None = None,
 ) -> Algorithm:
-    """FedGradNorm, and with ``dynamic=False`` its equal-weight twin (FedRep with a server optimiser).
+    """FedGradNorm, and with ``dynamic=False`` its equal-weight twin.
 
-    Local training is plain SGD, so the pseudo-gradient divided by learning rate and steps made is the mean gradient g_i along the local path, which is
-    what a client sends; then ``omega <- server_optimizer(mean_i p_i g_i)`` with the new weights p.
+    The twin is FedRep with a server optimiser. Local training is plain SGD, so the pseudo-gradient
+    divided by learning rate and steps made is the mean gradient g_i along the local path, which is
+    what a client sends; then ``omega <- server_optimizer(mean_i p_i g_i)`` with the new weights p,
+    which a round's info holds as ``loss_weights``, ``[population]``.
 
     Args:
-        head: path predicate of the personal head; the rest is shared. head_plan: its local steps, ``batching.steps``. plan: the body's, ``batching.steps``.
-        server_optimizer: on the weighted mean gradient. With plain SGD the method takes length from the step when it takes weight from the
-            largest gradients; compare with Adam on both sides, or tune each.
-        weight_learning_rate, exponent, minimum, renormalise, initial_losses: see ``server.normalize_gradients``.
-        measured: leaves at which norms are taken; GradNorm's is the last shared layer.
-        norms: of the mean gradient (``update``), ``first_step``, or the ``mean_step`` of all local steps' norms.
-        loss_point: see :func:`alternating_client`.
-        local_weighting: clients multiply their own loss by the weight they were sent last; the server applies only its change.
+        model: as for :func:`fedavg`.
+        task: as for :func:`fedavg`.
+        num_clients: as for :func:`fedavg`.
+        plan: the body's local steps, ``batching.steps``.
+        learning_rate: of the body's steps.
+        head: path predicate of the personal head; the rest is shared.
+        head_plan: the head's local steps; default those of the body.
+        head_learning_rate: of the head's steps.
+        server_optimizer: on the weighted mean gradient; default Adam at 0.01. With plain SGD the
+            method takes length from the step when it takes weight from the largest gradients;
+            compare with Adam on both sides, or tune each.
+        weight_learning_rate: of the weights, see :func:`fedjax_mtl.server.normalize_gradients`.
+        exponent: of the relative training rates, see there.
+        measured: path predicate of the leaves at which norms are taken; GradNorm's is the last
+            shared layer.
+        norms: of the mean gradient (``update``), of the ``first_step``, or ``mean_step``, the mean
+            of all local steps' norms.
+        loss_point: which loss counts, see :func:`alternating_client`.
+        local_weighting: clients multiply their own loss by the weight they were sent last; the
+            server applies only its change.
+        initial_losses: ``[population]``, to which training rates refer; default the first ones
+            seen.
+        minimum: weights never fall below.
+        renormalise: keep the sum of the weights.
         dynamic: False keeps all weights at 1.
-        before_average: further transformations of the weighted gradients, ``[clients, ...] -> [clients, ...]``.
+        before_average: further transformations of the weighted gradients,
+            ``[clients, ...] -> [clients, ...]``.
+        execution: as for :func:`fedavg`.
 
     Raises:
-        ValueError: an unknown choice, plans that do not count steps.
+        InputError: an unknown choice, or a plan that does not count steps.
     """
-    if norms not in NORMS:
-        raise ValueError(f"unknown norms {norms!r}; expected one of {', '.join(NORMS)}")
+    check_choice("norms", norms, NORMS)
     _check_plan(plan)
 
-    def make_client(task):
-        return alternating_client(
-            model,
-            task,
-            head=head,
-            head_plan=head_plan,
-            plan=plan,
-            head_optimizer=optax.sgd(head_learning_rate),
-            optimizer=optax.sgd(learning_rate),
-            loss_point=loss_point,
-            measured=measured,
-        )
-
+    make_client = functools.partial(
+        alternating_client,
+        head=head,
+        head_plan=head_plan or plan,
+        plan=plan,
+        head_optimizer=optax.sgd(head_learning_rate),
+        optimizer=optax.sgd(learning_rate),
+        loss_point=loss_point,
+        measured=measured,
+    )
+    if local_weighting:
+        make_client = functools.partial(_self_weighting, make_client)
     weigh = normalize_gradients(
-        num_clients,
+        population_size(num_clients),
         learning_rate=weight_learning_rate if dynamic else 0.0,
         exponent=exponent,
         measured=measured,
@@ -189,63 +264,79 @@ def fedgradnorm(
         renormalise=renormalise,
         already_weighted=local_weighting,
     )
-    rest = optax.identity() if before_average is None else before_average
-    server = optax.chain(
-        mean_gradients(learning_rate), weigh, rest, average_clients(), server_optimizer
-    )
-    algorithm = federated(
-        model.init,
-        _self_weighting(make_client, task) if local_weighting else make_client(task),
-        server,
-        num_clients=num_clients,
-        weighting="uniform",
-        execution=execution,
-    )
+    groups = each_group(model, task, num_clients, make_client)
+    rest = (before_average or optax.identity(), average_clients(), server_optimizer or SERVER_STEP)
+    server = optax.chain(mean_gradients(learning_rate), weigh, *rest)
+    algorithm = federated(groups, server, weighting="uniform", execution=execution)
     if not local_weighting:
         return algorithm
-
-    def one_round(state, cohort, key):
-        state, metrics = algorithm.round(state, cohort, key)
-        return state._replace(clients=state.clients._replace(weight=loss_weights(state))), metrics
-
-    return algorithm._replace(round=one_round)
-
-
-def loss_weights(state: PyTree) -> jax.Array:
-    """The current loss weights of all clients, ``[population]``."""
-    return state.server[1].weights
+    return algorithm._replace(round=functools.partial(_round_that_tells_weights, algorithm))
 
 
 def hota_fedgradnorm(
     model: Model,
     task: Task,
     *,
+    num_clients: int,
     num_clusters: int,
-    cluster_size: int,
-    head: trees.PathPredicate,
-    head_plan: BatchPlan,
     plan: BatchPlan,
-    head_learning_rate: float | jax.Array,
     learning_rate: float | jax.Array,
-    server_optimizer: optax.GradientTransformation,
+    head: trees.PathPredicate = DECODERS,
+    head_plan: BatchPlan | None = None,
+    head_learning_rate: float | jax.Array = 0.02,
+    server_optimizer: Server | None = None,
     weight_learning_rate: float | jax.Array = 0.02,
     exponent: float | jax.Array = 0.6,
     measured: trees.PathPredicate = trees.everything,
+    minimum: float = 1e-3,
     dynamic: bool = True,
+    threshold: float = 0.032,
+    fading: float | Sequence[float] | jax.Array = 1.0,
+    noise: float | jax.Array = 1e-3,
+    transmit_scale: float = 1.0,
+    power: float | None = None,
     execution: Execution | None = None,
-    **channel: Any,
 ) -> Algorithm:
-    """HOTA-FedGradNorm: clusters that transmit at once over a fading channel; ``dynamic=False`` is the twin with equal weights.
+    """HOTA-FedGradNorm: clusters that transmit at once over a fading channel.
 
-    Client ``l * cluster_size + i`` does task i in cluster l. Arguments as for :func:`fedgradnorm`; ``channel`` (``threshold``, ``fading``, ``noise``,
-    ``transmit_scale``, ``power``) as for ``server.over_the_air_gradnorm``. Needs everybody in every round.
+    With ``dynamic=False`` it is the twin with equal weights. Client ``l * cluster_size + i`` does
+    task i in cluster l, for clusters of ``num_clients / num_clusters`` clients each. It needs
+    everybody in every round.
+
+    Args:
+        model: as for :func:`fedavg`, of one group of clients.
+        task: as for :func:`fedavg`, of one group of clients.
+        num_clients: clients in the population.
+        num_clusters: clusters of clients, all of one size.
+        plan: as for :func:`fedgradnorm`.
+        learning_rate: as for :func:`fedgradnorm`.
+        head: as for :func:`fedgradnorm`.
+        head_plan: as for :func:`fedgradnorm`.
+        head_learning_rate: as for :func:`fedgradnorm`.
+        server_optimizer: on what the server received; default Adam at 0.01.
+        weight_learning_rate: as for :func:`fedgradnorm`.
+        exponent: as for :func:`fedgradnorm`.
+        measured: as for :func:`fedgradnorm`.
+        minimum: as for :func:`fedgradnorm`.
+        dynamic: as for :func:`fedgradnorm`.
+        threshold: of the channel's power gain, see :func:`fedjax_mtl.server.over_the_air_gradnorm`.
+        fading: spread of each cluster's channel, one number or ``[num_clusters]``.
+        noise: standard deviation at the receiver.
+        transmit_scale: power scaling that all clusters have in common.
+        power: instead of ``transmit_scale``, the power that no cluster may exceed; the largest
+            scale that keeps to it is chosen each round.
+        execution: as for :func:`fedavg`.
+
+    Raises:
+        InputError: clusters that do not divide the clients, fading of another length, or a plan
+            that does not count steps.
     """
     _check_plan(plan)
-    client = alternating_client(
-        model,
-        task,
+    _check_clusters(num_clients, num_clusters, fading)
+    make_client = functools.partial(
+        alternating_client,
         head=head,
-        head_plan=head_plan,
+        head_plan=head_plan or plan,
         plan=plan,
         head_optimizer=optax.sgd(head_learning_rate),
         optimizer=optax.sgd(learning_rate),
@@ -253,19 +344,36 @@ def hota_fedgradnorm(
     )
     air = over_the_air_gradnorm(
         num_clusters,
-        cluster_size,
+        num_clients // num_clusters,
         learning_rate=weight_learning_rate if dynamic else 0.0,
         exponent=exponent,
         measured=measured,
-        **channel,
+        threshold=threshold,
+        fading=jnp.asarray(fading, jnp.float32),
+        noise=noise,
+        transmit_scale=transmit_scale,
+        power=power,
+        minimum=minimum,
     )
-    server = optax.chain(mean_gradients(learning_rate), air, server_optimizer)
     return federated(
-        model.init,
-        client,
-        server,
-        num_clients=num_clusters * cluster_size,
+        each_group(model, task, num_clients, make_client),
+        optax.chain(mean_gradients(learning_rate), air, server_optimizer or SERVER_STEP),
         weighting="uniform",
         execution=execution,
         full_participation=True,
     )
+
+
+def _check_clusters(
+    num_clients: int, num_clusters: int, fading: float | Sequence[float] | jax.Array
+) -> None:
+    if num_clusters < 1 or num_clients % num_clusters:
+        raise InputError(
+            f"{num_clusters} clusters do not divide {num_clients} clients; make all of one size"
+        )
+    shape = np.shape(fading)
+    if shape != () and shape not in ((1,), (num_clusters,)):
+        raise InputError(
+            f"fading has shape {shape} for {num_clusters} clusters; give one number, "
+            "or one a cluster"
+        )

@@ -1,16 +1,18 @@
-"""Split learning: a model cut between client and server, as pure functions that exchange explicit messages.
+"""Split learning: a model cut between client and server, as pure functions that send messages.
 
-A client owns the lower part (inputs to embeddings) and the upper part (features to outputs and loss); the server owns the trunk between them. One step is
+A client owns the lower part (inputs to embeddings) and the upper part (features to outputs and
+loss); the server owns the trunk between them. One step is
 
-    client   embeddings = lower(x)                         up
-    server   features = trunk(embeddings)                  down
-    client   loss, gradient of the features                up
-    server   gradient of the trunk (stays), of the embeddings   down
+    client   embeddings = lower(x)                                      up
+    server   features = trunk(embeddings)                               down
+    client   loss, gradient of the features                             up
+    server   gradient of the trunk (stays), of the embeddings           down
     client   gradients of its own parts
 
 Raw inputs, labels and predictions never leave the client.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ import optax
 
 from fedjax_mtl.core.batching import Batch
 from fedjax_mtl.core.model import Part
-from fedjax_mtl.tasks import Task
+from fedjax_mtl.core.task import Task
 
 PyTree = Any
 
@@ -58,17 +60,23 @@ def on_the_wire(message: PyTree, dtype: Any | None) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), message)
 
 
-def client_lower(lower: Part, params: PyTree, inputs: PyTree):
+def client_lower(
+    lower: Part, params: PyTree, inputs: PyTree
+) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree]]]:
     """Client: embeddings, and the pull-back that waits for their gradient."""
     return jax.vjp(lambda p: lower.apply(p, inputs), params)
 
 
-def server_forward(trunk: Part, params: PyTree, embeddings: PyTree):
-    """Server: features, and the pull-back that waits for their gradient (of trunk and embeddings)."""
+def server_forward(
+    trunk: Part, params: PyTree, embeddings: PyTree
+) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
+    """Server: features, and the pull-back to trunk and embeddings that waits for their gradient."""
     return jax.vjp(trunk.apply, params, embeddings)
 
 
-def client_upper(upper: Part, task: Task, params: PyTree, features: PyTree, batch: Batch):
+def client_upper(
+    upper: Part, task: Task, params: PyTree, features: PyTree, batch: Batch
+) -> tuple[jax.Array, PyTree, PyTree]:
     """Client: loss, gradient of its upper part, gradient of the features."""
     loss, gradients = jax.value_and_grad(batch_loss, argnums=(2, 3))(
         upper, task, params, features, batch
@@ -87,7 +95,19 @@ def split_step(
     batch: Batch,
     wire_dtype: Any | None = None,
 ) -> StepGradients:
-    """One step of one client, message by message; equals ``jax.grad`` of the composed model."""
+    """One step of one client, message by message; equals ``jax.grad`` of the composed model.
+
+    Args:
+        lower: the client's part below the trunk.
+        trunk: the server's part.
+        upper: the client's part above the trunk.
+        task: whose loss it is.
+        lower_params: of ``lower``.
+        trunk_params: of ``trunk``.
+        upper_params: of ``upper``.
+        batch: the client's.
+        wire_dtype: type of the messages; None leaves them as computed.
+    """
     embeddings, pull_lower = client_lower(lower, lower_params, batch.examples["inputs"])
     embeddings = on_the_wire(embeddings, wire_dtype)
     features, pull_trunk = server_forward(trunk, trunk_params, embeddings)
@@ -103,30 +123,9 @@ def split_step(
     return StepGradients(loss, lower_gradient, trunk_gradient, upper_gradient, messages)
 
 
-def composed(lower: Part, trunk: Part, upper: Part):
-    """The uncut model, ``(params {"lower", "trunk", "upper"}, inputs) -> outputs``."""
-
-    def apply(params, inputs):
-        features = trunk.apply(params["trunk"], lower.apply(params["lower"], inputs))
-        return upper.apply(params["upper"], features)
-
-    return apply
-
-
-def init_parts(
-    lower: Part, trunk: Part, upper: Part, example: PyTree, keys: tuple[jax.Array, ...]
-) -> dict[str, PyTree]:
-    """Parameters of all three parts, sized by a batch of example inputs; ``keys``: one a part."""
-    lower_params = lower.init(keys[0], example)
-    embeddings = jax.eval_shape(lower.apply, lower_params, example)
-    trunk_params = trunk.init(keys[1], embeddings)
-    features = jax.eval_shape(trunk.apply, trunk_params, embeddings)
-    return {"lower": lower_params, "trunk": trunk_params, "upper": upper.init(keys[2], features)}
-
-
 def apply_gradient(
-    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: PyTree
-):
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, optax.OptState]:
     """One optimiser step: ``(params, state)``."""
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state

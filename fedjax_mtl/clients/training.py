@@ -1,4 +1,7 @@
-"""Local training: gradients of a client's loss, and a loop of optimiser steps over its batches. Nothing here has a client axis."""
+"""Local training: gradients of a client's loss, and a loop of optimiser steps over its batches.
+
+Nothing here has a client axis, and nothing knows what is done with the result.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,11 +20,38 @@ Gradient = Callable[[PyTree, Batch, jax.Array], tuple[jax.Array, PyTree]]
 Schedule = Callable[[jax.Array], jax.Array]
 
 
+class Solver(NamedTuple):
+    """How a client solves its local problem.
+
+    Attributes:
+        optimizer: any optax optimiser.
+        plan: how far a round goes, ``batching.epochs`` or ``batching.steps``.
+        schedule: factor on the learning rate as a function of the round number; None is 1.
+        keep_optimizer: whether momenta and counters are kept from round to round instead of
+            starting afresh. None leaves the choice to the algorithm, which starts afresh unless the
+            work it reproduces keeps them.
+    """
+
+    optimizer: optax.GradientTransformation
+    plan: BatchPlan
+    schedule: Schedule | None = None
+    keep_optimizer: bool | None = None
+
+    def step_scale(self, round_index: jax.Array) -> jax.Array | float:
+        """The factor on the learning rate in this round."""
+        return 1.0 if self.schedule is None else self.schedule(round_index)
+
+    def keeping(self, default: bool) -> "Solver":
+        """This solver, which keeps its optimiser's state by ``default`` where nothing was said."""
+        return self if self.keep_optimizer is not None else self._replace(keep_optimizer=default)
+
+
 def loss_gradient(losses: Losses) -> Gradient:
     """The weighted mean loss of a batch and its gradient.
 
-    The mean is ``sum_i weights_i loss_i / (number of real examples)``: padding counts for nothing, and weights are not
-    renormalised (FedEM's weighted loss divides by the batch size, not by the sum of responsibilities).
+    The mean is ``sum_i weights_i loss_i / (number of real examples)``. Padding counts for nothing,
+    and weights are not renormalised: FedEM's weighted loss divides by the batch size, not by the
+    sum of responsibilities.
     """
 
     def mean_loss(params: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -32,10 +62,11 @@ def loss_gradient(losses: Losses) -> Gradient:
 
 
 def proximal(gradient: Gradient, strength: float | jax.Array, anchor: PyTree) -> Gradient:
-    """Adds the gradient of ``strength / 2 * ||params - anchor||^2``; the reported loss stays that of the data.
+    """Adds the gradient of ``strength / 2 * ||params - anchor||^2``.
 
-    With the round's starting point as anchor it is FedProx (Li et al., arXiv 1812.06127, equation 2); with any other anchor, an L2
-    penalty to it.
+    The reported loss stays that of the data. With the round's starting point as anchor the result
+    is FedProx (Li et al., arXiv 1812.06127, equation 2). With any other anchor it is an L2 penalty
+    on the distance to that anchor.
     """
 
     def pulled(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, PyTree]:
@@ -45,14 +76,27 @@ def proximal(gradient: Gradient, strength: float | jax.Array, anchor: PyTree) ->
     return pulled
 
 
+Pull = Callable[[PyTree, PyTree], PyTree]
+"""``(own, received) -> gradient``: what pulls a client's own model towards what it received."""
+
+
+def quadratic_pull(strength: float | jax.Array) -> Pull:
+    """The gradient of ``strength / 2 ||own - received||^2``."""
+    return lambda own, received: jax.tree.map(lambda w, a: strength * (w - a), own, received)
+
+
 class Trained(NamedTuple):
     """What local training leaves.
 
     Attributes:
-        params, optimizer: parameters and optimiser state after the last step.
-        loss: mean loss over the steps. first_loss: of the first step, before it changed anything; 0 without a step.
+        params: after the last step.
+        optimizer: the optimiser's state after the last step.
+        loss: mean loss over the steps; NaN where no step was made.
+        first_loss: of the first step, before it changed anything; NaN where no step was made.
         num_steps: steps made.
-        first_norm, mean_norm: l2 norm of the watched gradient leaves, at the first step and averaged over the steps; 0 if nothing is watched.
+        first_norm: l2 norm of the watched gradient leaves at the first step; 0 if nothing is
+            watched.
+        mean_norm: the same, averaged over the steps.
     """
 
     params: PyTree
@@ -79,23 +123,26 @@ def train(
 ) -> Trained:
     """Local SGD, or any optax optimiser, over the client's batches.
 
-    A client that makes fewer steps than its neighbours (less data, a budget) leaves parameters and optimiser state alone from then
-    on: no momentum, no weight decay.
+    A client that makes fewer steps than its neighbours (less data, a budget) leaves parameters and
+    optimiser state alone from then on: no momentum, no weight decay.
 
     Args:
-        gradient: see :func:`loss_gradient`; optimizer, plan: the local solver.
-        params, optimizer_state: where to start.
-        client, key: one client's view and key.
+        gradient: see :func:`loss_gradient`.
+        optimizer: of the local steps.
+        plan: the local steps.
+        params: where to start.
+        optimizer_state: the optimiser's state there.
+        client: the client's view.
+        key: the client's key.
         example_weights: float ``[capacity]`` by position.
         step_scale: multiplies every optimiser update; the factor of a learning-rate schedule.
         watched: path predicate of the leaves whose gradient norm is reported.
     """
 
-    def observe(loss, grads):
+    def observe(loss: jax.Array, grads: PyTree) -> jax.Array:
         """What is summed over the steps, and kept of the first."""
-        return jnp.stack([loss, optax.tree.norm(trees.partition(grads, watched)[0])]).astype(
-            loss.dtype
-        )
+        norm = optax.tree.norm(trees.partition(grads, watched)[0])
+        return jnp.stack([loss, norm]).astype(loss.dtype)
 
     watches = bool(jax.tree.leaves(trees.partition(params, watched)[0]))
 
@@ -110,22 +157,28 @@ def train(
 
     zero = jnp.zeros((2,) if watches else ())
     carry = (params, optimizer_state, zero, jnp.full_like(zero, jnp.nan))
-    (params, state, total, first), done = for_each_batch(
-        step, carry, client, plan, key, example_weights
-    )
-    mean, first = total / jnp.maximum(done, 1), jnp.where(done > 0, first, 0)
+    carry, done = for_each_batch(step, carry, client, plan, key, example_weights)
+    params, state, total, first = carry
+    mean = mean_over_steps(total, done)
     if not watches:
         return Trained(params, state, mean, first, done, jnp.zeros(()), jnp.zeros(()))
-    return Trained(params, state, mean[0], first[0], done, first[1], mean[1])
+    norms = jnp.where(done > 0, jnp.stack([first[1], mean[1]]), 0)
+    return Trained(params, state, mean[0], first[0], done, *norms)
+
+
+def mean_over_steps(total: jax.Array, num_steps: jax.Array) -> jax.Array:
+    """The mean of what was summed over a client's steps; NaN where it made none."""
+    return jnp.where(num_steps > 0, total / jnp.maximum(num_steps, 1), jnp.nan)
 
 
 def local_losses(
     losses: Losses, params: PyTree, client: ClientView, batch_size: int | None = None
 ) -> jax.Array:
-    """The loss of each of the client's examples, by position, float ``[capacity, ...]``; padding holds 0.
+    """The loss of each of the client's examples, by position, float ``[capacity, ...]``.
 
-    ``losses`` may return more axes behind the examples', e.g. one loss a component. Batches of ``batch_size`` (None: all at once) bound the
-    memory; batches of nothing but padding are not computed.
+    Padding holds 0. ``losses`` may return more axes behind the one of the examples, e.g. one loss
+    for each component. Batches of ``batch_size`` examples bound the memory; None takes all examples
+    at once. Batches that hold nothing but padding are not computed.
     """
     capacity = client.rows.shape[0]
     width = capacity if batch_size is None else min(batch_size, capacity)
@@ -147,11 +200,3 @@ def local_losses(
     values = jnp.zeros((slots, *block.shape[1:]), block.dtype)
     _, values = jax.lax.while_loop(lambda carry: carry[0] < client.size, one, (start, values))
     return values[:capacity]
-
-
-Pull = Callable[[PyTree, PyTree], PyTree]
-
-
-def quadratic_pull(strength: float | jax.Array) -> Pull:
-    """The gradient of ``strength / 2 ||own - received||^2``."""
-    return lambda own, received: jax.tree.map(lambda w, a: strength * (w - a), own, received)

@@ -1,1 +1,4 @@
-"""What everything is made of: data of clients, samplers, batches, trees, models, tasks. Nothing in here knows flax."""
+"""What everything is made of: data of clients, samplers, batches, trees, models and tasks.
+
+Nothing in here knows flax.
+"""

@@ -18,8 +18,10 @@ class BatchPlan(NamedTuple):
 
     Attributes:
         batch_size: examples a step; None is the whole local set.
-        num_epochs: passes over the data, each of ceil(size / batch_size) steps, the last batch partial; or
+        num_epochs: passes over the data, each of ceil(size / batch_size) steps, where the last
+            batch may be partial. None if ``num_steps`` is given.
         num_steps: steps, reshuffling whenever the data are used up. May be a traced int32 scalar.
+            None if ``num_epochs`` is given.
         shuffle: False takes the examples in order.
     """
 
@@ -56,7 +58,8 @@ class Batch(NamedTuple):
     Attributes:
         examples: pytree, leaves ``[batch, ...]``.
         mask: bool ``[batch]``; False marks padding.
-        weights: float ``[batch]``; per-example weights (1 unless the algorithm gives others, as EM does).
+        weights: float ``[batch]``, one weight for each example. They are 1 unless the algorithm
+            gives others, as EM does.
     """
 
     examples: PyTree
@@ -65,11 +68,14 @@ class Batch(NamedTuple):
 
 
 def epoch_order(key: jax.Array, size: jax.Array, capacity: int) -> jax.Array:
-    """A uniformly random order of the positions ``0 .. size - 1``, followed by the padding; int32 ``[capacity]``.
+    """A uniformly random order of the positions ``0 .. size - 1``, followed by the padding.
 
-    The order of the real examples does not depend on the capacity (up to 4096, and beyond 4096). Random
-    number and position are packed in one integer, because a sort of one operand is twice as fast as an argsort on CPUs; the
-    20 random bits that remain tie for one pair in a million, which then keeps its order.
+    The order is int32 ``[capacity]``. Among capacities up to 4096 the order of the real examples
+    does not depend on the capacity, and neither does it among capacities beyond 4096.
+
+    Up to 4096 the random number and the position are packed in one integer, because a sort of one
+    operand is twice as fast as an argsort on CPUs. The 20 random bits that remain tie for one pair
+    in a million, which then keeps its order.
     """
     position = jnp.arange(capacity, dtype=jnp.uint32)
     bits = jax.random.bits(key, (capacity,), jnp.uint32)
@@ -83,15 +89,16 @@ def epoch_order(key: jax.Array, size: jax.Array, capacity: int) -> jax.Array:
 
 
 def gather(client: ClientView, positions: jax.Array) -> PyTree:
-    """The client's examples at these positions of its own data, leaves ``[*positions.shape, ...]``."""
+    """The client's examples at these positions of its data, leaves ``[*positions.shape, ...]``."""
     rows = client.rows[positions]
     return jax.tree.map(lambda leaf: leaf[rows], client.examples)
 
 
 def draw_batch(client: ClientView, batch_size: int, key: jax.Array) -> Batch:
-    """One minibatch drawn uniformly without replacement, for algorithms whose clients go in lock step.
+    """One minibatch drawn uniformly without replacement.
 
-    A client with fewer than ``batch_size`` examples gives all of them; the rest is padding.
+    It is for algorithms whose clients go in lock step. A client with fewer than ``batch_size``
+    examples gives all of them, and the rest is padding.
     """
     capacity = client.rows.shape[0]
     order = epoch_order(key, client.size, capacity)
@@ -111,14 +118,16 @@ def for_each_batch(
 ) -> tuple[PyTree, jax.Array]:
     """Runs ``carry = step(carry, batch, key)`` over the batches of one client.
 
-    Two nested loops, epochs and the steps of an epoch, whose trip counts are the client's own: small clients and
-    stragglers stop early, and under ``vmap`` a chunk of clients runs as long as its largest and masks the rest. Loops with traced
-    trip counts cannot be differentiated in reverse mode.
+    There are two nested loops, over epochs and over the steps of an epoch, whose trip counts are
+    the client's own. Small clients and stragglers therefore stop early. Under ``vmap`` a chunk of
+    clients runs as long as its largest client and masks the rest. Loops with traced trip counts
+    cannot be differentiated in reverse mode.
 
     Args:
         step: pure; called with the carry, a Batch and a key of its own.
         carry: pytree of arrays.
-        client: the client's view; ``client.budget`` caps the number of steps.
+        client: the client's view; it makes ``floor(client.work * planned)`` steps, and at most
+            ``client.budget``.
         plan: how to go through the data.
         key: decides the shuffles and the steps' keys.
         example_weights: float ``[capacity]``, by position; default 1.
@@ -129,10 +138,12 @@ def for_each_batch(
     capacity = client.rows.shape[0]
     batch_size = capacity if plan.batch_size is None else min(plan.batch_size, capacity)
     steps_per_epoch = -(-client.size // batch_size)
-    planned = plan.num_epochs * steps_per_epoch if plan.num_steps is None else plan.num_steps
+    passes = 0 if plan.num_epochs is None else plan.num_epochs
+    planned = passes * steps_per_epoch if plan.num_steps is None else plan.num_steps
     # A client without data makes no step, whatever was planned.
     planned = jnp.where(client.size > 0, planned, 0)
-    num_steps = jnp.minimum(planned, client.budget).astype(jnp.int32)
+    managed = jnp.where(client.work < 1, jnp.floor(client.work * planned), planned)
+    num_steps = jnp.minimum(managed, client.budget).astype(jnp.int32)
     slots = -(-capacity // batch_size) * batch_size
     order_key, step_key = jax.random.split(key)
 

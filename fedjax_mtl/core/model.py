@@ -1,4 +1,4 @@
-"""A model is a pair of pure functions, and so is each part of a model that is cut. Flax (Linen) stays behind them."""
+"""What a model is: a pair of pure functions. Flax (Linen) stays behind them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,15 +13,21 @@ class Model(NamedTuple):
 
     Attributes:
         init: ``key -> params``, a plain pytree.
-        apply: ``(params, inputs [batch, ...], key) -> outputs [batch, ...]``; a key means training (dropout), None evaluation.
+        apply: ``(params, inputs [batch, ...], key) -> outputs [batch, ...]``; a key means training
+            (dropout), None evaluation.
     """
 
     init: Callable[[jax.Array], PyTree]
-    apply: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
+    apply: Callable[[PyTree, PyTree, jax.Array | None], PyTree]
 
 
 class Part(NamedTuple):
-    """A piece of a cut model: ``init(key, inputs) -> params`` (inputs: arrays or shapes), ``apply(params, inputs) -> outputs``."""
+    """A piece of a model that is cut.
+
+    Attributes:
+        init: ``(key, inputs) -> params``, where the inputs are arrays or shapes.
+        apply: ``(params, inputs) -> outputs``.
+    """
 
     init: Callable[[jax.Array, PyTree], PyTree]
     apply: Callable[[PyTree, PyTree], PyTree]

@@ -1,7 +1,7 @@
 """Cohort samplers: who takes part in a round, as a pure function of a key and the round number.
 
-A sampler is ``(key, round_index, federation) -> Cohort``; its cohort size is a shape and so the same in every round.
-Where fewer clients can come, the empty slots are marked absent.
+A sampler is ``(key, round_index, federation) -> Cohort``. Its cohort size is a shape and so the
+same in every round; where fewer clients can come, the empty slots are marked absent.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,21 @@ import numpy as np
 
 from fedjax_mtl.core.federation import NO_BUDGET, Cohort, Federation, Population
 
-Sampler = Callable[[jax.Array, jax.Array, Federation], Cohort]
-PopulationSampler = Callable[[jax.Array, jax.Array, Population], dict[str, Cohort]]
+RoundIndex = int | jax.Array
+Sampler = Callable[[jax.Array, RoundIndex, Federation], Cohort]
+PopulationSampler = Callable[[jax.Array, RoundIndex, Population], dict[str, Cohort]]
 
 
 def make_cohort(
     federation: Federation, client_ids: jax.Array, present: jax.Array | None = None
 ) -> Cohort:
-    """The cohort of these clients; ``client_ids`` int32 ``[cohort]``, ``present`` bool ``[cohort]`` (default: all)."""
+    """The cohort of these clients, who do all that is planned.
+
+    Args:
+        federation: the population.
+        client_ids: int32 ``[cohort]``.
+        present: bool ``[cohort]``; default all.
+    """
     present = jnp.ones(client_ids.shape, bool) if present is None else present
     rows = federation.take(client_ids)
     shares = rows.sizes / jnp.sum(federation.sizes)
@@ -29,6 +36,7 @@ def make_cohort(
         present=present,
         budgets=jnp.full(client_ids.shape, NO_BUDGET, jnp.int32),
         shares=jnp.where(present, shares, 0.0),
+        work=jnp.ones(client_ids.shape, jnp.float32),
     )
 
 
@@ -51,7 +59,9 @@ def full_participation() -> Sampler:
 
 
 def by_group(samplers: Sampler | dict[str, Sampler]) -> PopulationSampler:
-    """A cohort from every group of a heterogeneous population, each drawn on its own; shares are of the whole population's examples.
+    """A cohort from every group of a heterogeneous population, each drawn on its own.
+
+    Shares are of the whole population's examples.
 
     Args:
         samplers: one for all groups, or one a group.
@@ -64,7 +74,8 @@ def by_group(samplers: Sampler | dict[str, Sampler]) -> PopulationSampler:
         if isinstance(samplers, dict) and set(samplers) != set(population):
             odd = sorted(set(samplers) ^ set(population))[0]
             raise ValueError(
-                f"group {odd!r} has no {'sampler' if odd in population else 'federation'}; name the same groups in both"
+                f"group {odd!r} has no {'sampler' if odd in population else 'federation'}; name "
+                "the same groups in both"
             )
         total = sum(jnp.sum(federation.sizes) for federation in population.values())
         cohorts = {}
@@ -97,11 +108,18 @@ def uniform(cohort_size: int) -> Sampler:
 def weighted(cohort_size: int, probabilities: jax.Array, *, replace: bool = False) -> Sampler:
     """Clients drawn in proportion to ``probabilities`` ``[clients]``.
 
-    Without replacement one after the other in proportion to what is left (Gumbel top-k). With replacement a client may fill
-    several slots; it makes the same update in each, which so counts as often as it was drawn.
+    Without replacement one after the other in proportion to what is left (Gumbel top-k). With
+    replacement a client may fill several slots; it makes the same update in each, which so counts
+    as often as it was drawn.
+
+    Args:
+        cohort_size: how many slots.
+        probabilities: ``[clients]``, not negative; their sum does not matter.
+        replace: whether a client may be drawn several times.
 
     Raises:
-        ValueError: (when traced) the federation has fewer clients and ``replace`` is False, or the number of probabilities differs.
+        ValueError: (when traced) the federation has fewer clients and ``replace`` is False, or the
+            number of probabilities differs.
     """
 
     negative = bool(np.any(np.asarray(probabilities) < 0))
@@ -127,12 +145,17 @@ def weighted(cohort_size: int, probabilities: jax.Array, *, replace: bool = Fals
 
 
 def available(cohort_size: int, trace: jax.Array) -> Sampler:
-    """Uniform over the clients that are available: ``trace`` is bool ``[rounds, clients]``, repeated when rounds run past it.
+    """Uniform over the clients that are available.
 
     When fewer than ``cohort_size`` clients are available the remaining slots are absent.
 
+    Args:
+        cohort_size: how many slots.
+        trace: bool ``[rounds, clients]``; repeated when rounds run past it.
+
     Raises:
-        ValueError: (when traced) the trace's clients are not the federation's, or there are fewer than ``cohort_size``.
+        ValueError: (when traced) the trace's clients are not the federation's, or there are fewer
+            than ``cohort_size``.
     """
 
     trace = jnp.asarray(trace, bool)
@@ -153,7 +176,13 @@ def available(cohort_size: int, trace: jax.Array) -> Sampler:
 
 
 def straggling(sampler: Sampler, budget: Callable[[jax.Array, Cohort], jax.Array]) -> Sampler:
-    """Gives the clients of another sampler budgets of local steps: ``budget(key, cohort) -> int32 [cohort]``."""
+    """Gives the clients of another sampler budgets of local steps.
+
+    Args:
+        sampler: who takes part.
+        budget: ``(key, cohort) -> int32 [cohort]``, the most steps that each client makes, e.g.
+            :func:`fraction_of_data`. For shares of what is planned see :func:`partial_work`.
+    """
 
     def sample(key, round_index, federation):
         cohort_key, budget_key = jax.random.split(key)
@@ -163,8 +192,44 @@ def straggling(sampler: Sampler, budget: Callable[[jax.Array, Cohort], jax.Array
     return sample
 
 
+def partial_work(sampler: Sampler, low: float, high: float = 1.0) -> Sampler:
+    """Lets the clients of another sampler do a share of their work, uniform in ``[low, high]``.
+
+    A client that would make n local steps makes ``floor(share * n)``, whatever its batches are. It
+    counts for the server as it would otherwise, as FedProx's stragglers do; one that makes no step
+    has no loss to report.
+
+    Args:
+        sampler: who takes part.
+        low: the least share of its planned steps that a client makes.
+        high: the largest.
+
+    Raises:
+        ValueError: unless ``0 <= low <= high <= 1``.
+    """
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"shares of the planned work between {low} and {high} make no sense; give "
+            "0 <= low <= high <= 1"
+        )
+
+    def sample(key, round_index, federation):
+        cohort_key, work_key = jax.random.split(key)
+        cohort = sampler(cohort_key, round_index, federation)
+        shape = cohort.present.shape
+        return cohort._replace(work=jax.random.uniform(work_key, shape, jnp.float32, low, high))
+
+    return sample
+
+
 def dropping(sampler: Sampler, probability: float | jax.Array) -> Sampler:
-    """Clients of another sampler that fail: each drops out of a round with ``probability``, a number or ``[clients]``, independently of the others and of other rounds.
+    """Clients of another sampler that fail.
+
+    Each drops out of a round independently of the others and of other rounds.
+
+    Args:
+        sampler: who is asked.
+        probability: of dropping out; a number, or ``[clients]``.
 
     Raises:
         ValueError: a probability outside 0..1; (when traced) not one a client.
@@ -178,8 +243,8 @@ def dropping(sampler: Sampler, probability: float | jax.Array) -> Sampler:
     def sample(key, round_index, federation):
         if values.ndim and values.shape != (federation.num_clients,):
             raise ValueError(
-                f"drop probabilities have shape {values.shape}; give one number or one for each of the "
-                f"{federation.num_clients} clients"
+                f"drop probabilities have shape {values.shape}; give one number or one for each of "
+                f"the {federation.num_clients} clients"
             )
         cohort_key, drop_key = jax.random.split(key)
         cohort = sampler(cohort_key, round_index, federation)
@@ -201,10 +266,15 @@ def dropping(sampler: Sampler, probability: float | jax.Array) -> Sampler:
 def fraction_of_data(
     low: float, high: float, *, of_smallest: bool = False
 ) -> Callable[[jax.Array, Cohort], jax.Array]:
-    """Budgets for :func:`straggling`: a share, uniform in ``[low, high]``, of one pass of single examples; int32 ``[cohort]``.
+    """Budgets for :func:`straggling`: a share of one pass of single examples, int32 ``[cohort]``.
 
-    MOCHA's variability (arXiv 1705.10467, section 5): high 0.1..1, low 0.9..1. The released code takes the share of the node's own examples, the paper that of the smallest node's
-    (``of_smallest``).
+    It is MOCHA's variability of systems (arXiv 1705.10467, section 5): high 0.1..1, low 0.9..1.
+
+    Args:
+        low: the least share.
+        high: the largest; shares are uniform between the two.
+        of_smallest: of how many examples: those of the smallest node, as in the paper, or the
+            node's own, as in the released code.
     """
     if not 0 <= low <= high:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Pytrees with a client axis, and predicates on paths that say what is shared.
 
-A *path* is a tuple of strings, ``("decoders", "depth", "kernel")`` for ``params["decoders"]["depth"]["kernel"]``;
-a *predicate* maps a path to a bool. What is shared and what stays on a client is such a predicate, never a class.
+A *path* is a tuple of strings: ``("decoders", "depth", "kernel")`` is the path of
+``params["decoders"]["depth"]["kernel"]``. A *predicate* maps a path to a bool. What is shared and
+what stays on a client is such a predicate, never a class.
 """
 
 import itertools
@@ -17,13 +18,13 @@ PathPredicate = Callable[[Path], bool]
 
 
 def everything(path: Path) -> bool:
-    """The predicate that selects all leaves."""
+    """Selects all leaves."""
     del path
     return True
 
 
 def nothing(path: Path) -> bool:
-    """The predicate that selects no leaf."""
+    """Selects no leaf."""
     del path
     return False
 
@@ -45,7 +46,8 @@ def _as_path(key_path: Sequence[Any]) -> Path:
 def partition(tree: PyTree, predicate: PathPredicate) -> tuple[PyTree, PyTree]:
     """Splits ``tree`` into ``(selected, rest)``, each with ``None`` in the places of the other.
 
-    ``None`` is an empty subtree to JAX, so both parts go through maps, optimisers and transformations as they are.
+    ``None`` is an empty subtree to JAX, so both parts go through maps, optimisers and
+    transformations as they are.
     """
     selected = map_with_path(lambda path, leaf: leaf if predicate(path) else None, tree)
     rest = map_with_path(lambda path, leaf: None if predicate(path) else leaf, tree)
@@ -53,24 +55,24 @@ def partition(tree: PyTree, predicate: PathPredicate) -> tuple[PyTree, PyTree]:
 
 
 def combine(first: PyTree, second: PyTree) -> PyTree:
-    """The inverse of :func:`partition`: fills the ``None`` places of ``first`` from ``second``."""
+    """Fills the ``None`` places of ``first`` from ``second``: the inverse of :func:`partition`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
     )
 
 
 def map_with_path(fn: Callable[[Path, Any], Any], tree: PyTree) -> PyTree:
-    """``fn(path, leaf)`` of every leaf."""
+    """Applies ``fn(path, leaf)`` to every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_as_path(path), leaf), tree)
 
 
 def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
-    """The leaves of nested dicts by path."""
+    """Returns the leaves of nested dicts by path."""
     return {_as_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def from_paths(leaves: dict[Path, Any]) -> PyTree:
-    """The inverse of :func:`leaves_by_path`: nested dicts."""
+    """Returns nested dicts from leaves by path: the inverse of :func:`leaves_by_path`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree
@@ -86,12 +88,15 @@ def broadcast_clients(tree: PyTree, num_clients: int) -> PyTree:
 
 
 def take_clients(tree: PyTree, client_ids: jax.Array) -> PyTree:
-    """Rows ``client_ids`` of every leaf, ``[clients, ...] -> [cohort, ...]``."""
+    """Returns rows ``client_ids`` of every leaf, ``[clients, ...] -> [cohort, ...]``."""
     return jax.tree.map(lambda leaf: leaf[client_ids], tree)
 
 
 def put_clients(tree: PyTree, client_ids: jax.Array, rows: PyTree, present: jax.Array) -> PyTree:
-    """Writes ``rows`` ``[cohort, ...]`` at ``client_ids``; slots that are not ``present`` leave the tree as it was."""
+    """Writes ``rows`` ``[cohort, ...]`` into the tree at ``client_ids``.
+
+    Slots that are not ``present`` leave the tree as it was.
+    """
 
     def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
         slots = jnp.where(present, client_ids, leaf.shape[0])
@@ -101,52 +106,62 @@ def put_clients(tree: PyTree, client_ids: jax.Array, rows: PyTree, present: jax.
 
 
 def weighted_sum(weights: jax.Array, tree: PyTree) -> PyTree:
-    """``sum_c weights[c] * leaf[c]`` for every leaf, ``[clients, ...] -> [...]``."""
+    """Returns ``sum_c weights[c] * leaf[c]`` for every leaf, ``[clients, ...] -> [...]``."""
     return mix_clients(weights, tree)
 
 
 def where(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
-    """``jnp.where`` of a scalar condition on every leaf."""
+    """Applies ``jnp.where`` with a scalar condition to every leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
 
 
 def flat_clients(tree: PyTree) -> jax.Array:
-    """Every client's leaves in one row, ``[clients, ...] -> [clients, parameters]``."""
+    """Puts every client's leaves into one row, ``[clients, ...] -> [clients, parameters]``."""
     leaves = jax.tree.leaves(tree)
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 
 def along_first_axis(values: jax.Array, leaf: jax.Array) -> jax.Array:
-    """One value a row, ``[rows]``, in the shape that broadcasts against a leaf ``[rows, ...]``."""
+    """Shapes one value a row, ``[rows]``, so that it broadcasts against a leaf ``[rows, ...]``."""
     return values.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
 
 def where_clients(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
-    """``jnp.where`` client by client, ``[clients], [clients, ...], [clients, ...] -> [clients, ...]``."""
+    """Applies ``jnp.where`` client by client.
+
+    The shapes are ``[clients], [clients, ...], [clients, ...] -> [clients, ...]``.
+    """
     return jax.tree.map(
         lambda a, b: jnp.where(along_first_axis(condition, a), a, b), if_true, if_false
     )
 
 
 def mask_clients(tree: PyTree, present: jax.Array | None) -> PyTree:
-    """Zeroes the rows of absent clients, ``[clients, ...]``, whatever they hold; ``None`` means that all are present."""
+    """Zeroes the rows of absent clients, ``[clients, ...]``, whatever they hold.
+
+    ``present`` is bool ``[clients]``; ``None`` means that all are present.
+    """
     if present is None:
         return tree
     return jax.tree.map(lambda x: jnp.where(along_first_axis(present, x), x, 0), tree)
 
 
 def scale_clients(factors: jax.Array, tree: PyTree) -> PyTree:
-    """``factors[c] * leaf[c]`` for every leaf, ``[clients], [clients, ...] -> [clients, ...]``."""
+    """Multiplies every client's leaves by its factor, ``factors[c] * leaf[c]``.
+
+    The shapes are ``[clients], [clients, ...] -> [clients, ...]``.
+    """
     return jax.tree.map(lambda x: along_first_axis(factors.astype(x.dtype), x) * x, tree)
 
 
 def mix_clients(coefficients: jax.Array, tree: PyTree) -> PyTree:
-    """Linear combinations of the clients' rows, ``[rows, clients], [clients, ...] -> [rows, ...]``.
+    """Combines the clients' rows linearly, ``[rows, clients], [clients, ...] -> [rows, ...]``.
 
-    In full precision on every device: some round the factors of a matrix product unless told not to.
+    The products are in full precision on every device: some round the factors of a matrix product
+    unless told not to.
     """
 
-    def mix(leaf):
+    def mix(leaf: jax.Array) -> jax.Array:
         return jnp.tensordot(
             coefficients.astype(leaf.dtype), leaf, 1, precision=jax.lax.Precision.HIGHEST
         )
@@ -155,13 +170,14 @@ def mix_clients(coefficients: jax.Array, tree: PyTree) -> PyTree:
 
 
 def inner_products(first: PyTree, second: PyTree) -> jax.Array:
-    """All inner products of the rows of two trees, over all leaves, ``[a, ...], [b, ...] -> [a, b]``; at least float32.
+    """Returns all inner products of the rows of two trees, ``[a, ...], [b, ...] -> [a, b]``.
 
-    With the same tree twice it is the Gram matrix, in which projections and conflict-averse directions are computed without another pass over
-    the parameters.
+    They are summed over all leaves, in float32 at least. With the same tree twice it is the Gram
+    matrix, in which projections and conflict-averse directions are computed without another pass
+    over the parameters.
     """
 
-    def product(a, b):
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(a.dtype, jnp.float32)
         a, b = (x.reshape(x.shape[0], -1).astype(dtype) for x in (a, b))
         return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -170,7 +186,10 @@ def inner_products(first: PyTree, second: PyTree) -> jax.Array:
 
 
 def unflatten_clients(rows: jax.Array, like: PyTree) -> PyTree:
-    """The inverse of :func:`flat_clients`: ``[clients, parameters]`` in the shapes of ``like``, leaves ``[clients, ...]``."""
+    """Cuts ``[clients, parameters]`` into leaves of the shapes of ``like``, ``[clients, ...]``.
+
+    This is the inverse of :func:`flat_clients`.
+    """
     leaves, structure = jax.tree.flatten(like)
     ends = list(itertools.accumulate(leaf[0].size for leaf in leaves))
     parts = jnp.split(rows, ends[:-1], axis=1)

@@ -18,11 +18,21 @@ from fedjax_mtl.data.partition import (
     pachinko,
     split_clients,
 )
+from fedjax_mtl.data.problem import (
+    Generation,
+    PopulationSplits,
+    Problem,
+    ProblemGroup,
+    one_group,
+)
 from fedjax_mtl.data.synthetic import SyntheticMixture, synthetic_mixture
-from fedjax_mtl.data.synthetic_tasks import PopulationSplits, conflicting_tasks, scaled_tasks
+from fedjax_mtl.data.synthetic_tasks import conflicting_tasks, scaled_tasks
 
 __all__ = [
+    "Generation",
     "PopulationSplits",
+    "Problem",
+    "ProblemGroup",
     "SyntheticMixture",
     "conflicting_tasks",
     "dirichlet_labels",
@@ -37,6 +47,7 @@ __all__ = [
     "label_shards",
     "load_digits",
     "markov_chains",
+    "one_group",
     "pachinko",
     "permute_labels",
     "rotate_images",

@@ -4,9 +4,12 @@ import numpy as np
 
 
 def load_digits() -> dict[str, np.ndarray]:
-    """1,797 grey images of 8x8 pixels: ``inputs`` float32 ``[1797, 8, 8, 1]`` in [0, 1], ``labels`` int32 ``[1797]``, 0-9.
+    """Reads 1,797 grey images of handwritten digits, 8x8 pixels.
 
     Source: UCI ML hand-written digits (Alpaydin, Kaynak), as in ``sklearn.datasets.load_digits``.
+
+    Returns:
+        ``inputs`` float32 ``[1797, 8, 8, 1]`` in [0, 1], and ``labels`` int32 ``[1797]``, 0-9.
     """
     from sklearn import datasets
 

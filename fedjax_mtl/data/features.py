@@ -1,6 +1,7 @@
-"""Features for linear models: standardisation, an intercept, random Fourier features, a shared encoder.
+"""Features for linear models: standardisation, an intercept, random Fourier features, an encoder.
 
-Each maps Splits to Splits over a new table of inputs. Nothing but training examples decides what it does.
+Each function maps Splits to Splits over a new table of inputs. Nothing but training examples
+decides what it does.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fedjax_mtl.core.federation import Federation, Splits
 
 
 def _with(splits: Splits, name: str, values: Any) -> Splits:
-    def change(federation: Federation | None) -> Federation | None:
+    def change(federation: Any) -> Any:
         if federation is None:
             return None
         return federation._replace(examples={**federation.examples, name: jnp.asarray(values)})
@@ -30,15 +31,19 @@ def _own_rows(federation: Federation | None) -> list[np.ndarray]:
 
 
 def standardise(splits: Splits, *, per_client: bool = False) -> Splits:
-    """Columns to mean 0 and population standard deviation 1 of the training examples; constant columns stay as they are.
+    """Brings columns to mean 0 and population standard deviation 1 of the training examples.
+
+    Constant columns stay as they are.
 
     Args:
-        per_client: by each client's own training statistics (held-out clients by theirs) instead of the pooled ones.
+        splits: with ``inputs`` ``[num_examples, features]``.
+        per_client: use each client's own training statistics (held-out clients theirs) instead of
+            the pooled ones.
     """
     stored = np.asarray(splits.train.examples["inputs"])
     inputs = stored.astype(np.float64)
 
-    def scaled(rows, statistics):
+    def scaled(rows: np.ndarray, statistics: np.ndarray) -> np.ndarray:
         constant = statistics.max(axis=0) == statistics.min(axis=0)
         mean, std = statistics.mean(axis=0), statistics.std(axis=0)
         return (inputs[rows] - np.where(constant, 0, mean)) / np.where(constant, 1, std)
@@ -54,14 +59,17 @@ def standardise(splits: Splits, *, per_client: bool = False) -> Splits:
 
 
 def centre_labels(splits: Splits) -> Splits:
-    """Real labels less the mean of all clients' training labels."""
+    """Subtracts the mean of all clients' training labels from real labels."""
     labels = np.asarray(splits.train.examples["labels"])
     mean = labels[np.concatenate(_own_rows(splits.train))].mean(dtype=np.float64)
     return _with(splits, "labels", labels - mean.astype(labels.dtype))
 
 
 def append_intercept(splits: Splits, value: float = 1.0) -> Splits:
-    """A last column of ``value``; a large one (MOCHA's second code: 10) leaves the intercept nearly unpenalised."""
+    """Appends a column of ``value``.
+
+    A large value (MOCHA's second code: 10) leaves the intercept nearly unpenalised.
+    """
     inputs = np.asarray(splits.train.examples["inputs"])
     return _with(
         splits,
@@ -73,16 +81,25 @@ def append_intercept(splits: Splits, value: float = 1.0) -> Splits:
 def random_fourier(
     splits: Splits, *, num_features: int, bandwidth: float, key: jax.Array
 ) -> Splits:
-    """Features of a Gaussian kernel, ``sqrt(2 / D) cos(x W / bandwidth + b)`` (Rahimi and Recht, NeurIPS 2007), the same for all clients.
+    """Maps inputs to random features of a Gaussian kernel, the same for all clients.
 
-    A convex method for linear models, MOCHA, then learns non-linear ones, without any client showing its examples.
+    They are ``sqrt(2 / D) cos(x W / bandwidth + b)`` (Rahimi and Recht, NeurIPS 2007). A convex
+    method for linear models, MOCHA, then learns non-linear ones, without any client showing its
+    examples.
+
+    Args:
+        splits: with ``inputs`` ``[num_examples, features]``.
+        num_features: D.
+        bandwidth: of the kernel.
+        key: of the random W and b.
 
     Raises:
         ValueError: no features, or a bandwidth that is not positive.
     """
     if num_features < 1 or bandwidth <= 0:
         raise ValueError(
-            f"random_fourier takes num_features >= 1 and bandwidth > 0, got {num_features} and {bandwidth}"
+            f"random_fourier takes num_features >= 1 and bandwidth > 0, got {num_features} and "
+            f"{bandwidth}"
         )
     inputs = splits.train.examples["inputs"]
     weight_key, shift_key = jax.random.split(key)
@@ -93,10 +110,16 @@ def random_fourier(
     return _with(splits, "inputs", jnp.sqrt(2 / num_features) * jnp.cos(inputs @ weights + shift))
 
 
-def encode(
+def encode_inputs(
     splits: Splits, encoder: Callable[[jax.Array], jax.Array], batch_size: int = 1024
 ) -> Splits:
-    """The outputs of a frozen shared encoder, ``inputs [batch, ...] -> [batch, features]``, instead of the inputs."""
+    """Replaces the inputs by the outputs of a frozen shared encoder.
+
+    Args:
+        splits: with ``inputs`` ``[num_examples, ...]``.
+        encoder: ``inputs [batch, ...] -> [batch, features]``.
+        batch_size: examples encoded at a time.
+    """
     inputs = splits.train.examples["inputs"]
     run = jax.jit(encoder)
     parts = [run(inputs[start : start + batch_size]) for start in range(0, len(inputs), batch_size)]

@@ -1,7 +1,9 @@
-"""Eight families of tiny instructions built in code: instruction tuning for byte-level models, without a file.
+"""Eight families of tiny instructions built in code: instruction tuning without a file.
 
-They stand in for the tasks of MIRA (Elbakary et al., arXiv 2410.15524, section IV): every client has one family, and a few clients share it. Contexts are random words
-of a few letters. With the ``short`` template and a :class:`~fedjax_mtl.data.instructions.ByteTokenizer`, every example fits into 32 tokens.
+They are for byte-level models and stand in for the tasks of MIRA (Elbakary et al., arXiv
+2410.15524, section IV): every client has one family, and a few clients share it. Contexts are
+random words of a few letters. With the ``short`` template and a
+:class:`~fedjax_mtl.data.instructions.ByteTokenizer`, every example fits into 32 tokens.
 """
 
 from collections.abc import Callable
@@ -14,11 +16,18 @@ from fedjax_mtl.data.instructions import ClientRows, Instruction
 LETTERS = "aeioubdlnrst"
 VOWELS = "aeiou"
 
+Family = Callable[[np.random.Generator], tuple[str, str, str]]
+
 _TRIES = 100  # draws for each example that is wanted, repetitions included
 
 
 class InstructionFamilies(NamedTuple):
-    """The instructions, client after client with each one's training part first, and who owns which."""
+    """The instructions, and who owns which.
+
+    Attributes:
+        instructions: client after client, with each one's training part first.
+        clients: the rows of ``instructions`` that each client owns.
+    """
 
     instructions: list[Instruction]
     clients: ClientRows
@@ -28,8 +37,11 @@ def _word(rng: np.random.Generator, shortest: int = 3, longest: int = 5) -> str:
     return "".join(rng.choice(list(LETTERS), rng.integers(shortest, longest + 1)))
 
 
-def _on_a_word(instruction: str, answer: Callable[[str], str], shortest: int = 3) -> Callable:
-    """A family that asks one thing of one word: ``rng -> (instruction, context, response)``."""
+def _on_a_word(instruction: str, answer: Callable[[str], str], shortest: int = 3) -> Family:
+    """Returns a family that asks one thing of one word.
+
+    It is ``rng -> (instruction, context, response)``.
+    """
 
     def draw(rng: np.random.Generator) -> tuple[str, str, str]:
         word = _word(rng, shortest)
@@ -54,7 +66,7 @@ def _without_vowels(word: str) -> str:
     return "".join(letter for letter in word if letter not in VOWELS)
 
 
-_FAMILIES: dict[str, Callable[[np.random.Generator], tuple[str, str, str]]] = {
+_FAMILIES: dict[str, Family] = {
     "copy": _on_a_word("copy", lambda word: word),
     "reverse": _on_a_word("reverse", lambda word: word[::-1]),
     "upper_case": _on_a_word("upper", str.upper),
@@ -67,24 +79,28 @@ _FAMILIES: dict[str, Callable[[np.random.Generator], tuple[str, str, str]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 
-def instruction_families(
+def draw_families(
     seed: int, *, clients_per_family: int = 2, train_examples: int = 32, test_examples: int = 16
 ) -> InstructionFamilies:
-    """Draws every family's instructions and deals them to its clients; a client's category is its family.
+    """Draws every family's instructions and deals them to its clients.
 
-    No instruction occurs twice within a family, neither in two clients nor in train and test, so that no client can learn another one's test
-    answers by heart. Addition has just 100: by default 96 of them are used.
+    A client's category is its family. No instruction occurs twice within a family, neither in two
+    clients nor in train and test, so that no client can learn another one's test answers by heart.
+    Addition has just 100: by default 96 of them are used.
 
     Args:
-        train_examples, test_examples: of each client.
+        seed: of the draw.
+        clients_per_family: how many clients share a family.
+        train_examples: training examples of each client.
+        test_examples: test examples of each client.
 
     Raises:
         ValueError: a count below 1, or more examples than a family has.
     """
     if min(clients_per_family, train_examples, test_examples) < 1:
         raise ValueError(
-            f"clients_per_family is {clients_per_family}, train_examples {train_examples} and test_examples "
-            f"{test_examples}; all must be at least 1"
+            f"clients_per_family is {clients_per_family}, train_examples {train_examples} and "
+            f"test_examples {test_examples}; all must be at least 1"
         )
     per_client = train_examples + test_examples
     found = InstructionFamilies([], ClientRows([], [], []))
@@ -101,7 +117,10 @@ def instruction_families(
 
 
 def _draw_distinct(family: str, count: int, rng: np.random.Generator) -> list[Instruction]:
-    """``count`` different instructions with an answer (a word of vowels alone has none without them)."""
+    """Draws ``count`` different instructions that have an answer.
+
+    A word of vowels alone has no answer when its vowels are removed.
+    """
     drawn: dict[tuple[str, str, str], None] = {}
     for _ in range(_TRIES * count):
         item = _FAMILIES[family](rng)
@@ -110,6 +129,6 @@ def _draw_distinct(family: str, count: int, rng: np.random.Generator) -> list[In
         if len(drawn) == count:
             return [Instruction(*item, family) for item in drawn]
     raise ValueError(
-        f"family {family!r} has only about {len(drawn)} different instructions but {count} are wanted for its clients; "
-        "lower clients_per_family, train_examples or test_examples"
+        f"family {family!r} has only about {len(drawn)} different instructions but {count} are "
+        "wanted for its clients; lower clients_per_family, train_examples or test_examples"
     )

@@ -1,11 +1,15 @@
-"""Instructions and their answers for language models: two public data sets, prompts, tokens, and who owns what.
+"""Instructions and their answers for language models: data sets, prompts, tokens, who owns what.
 
-Read from files that are already there; nothing is downloaded. The partitions are those of MIRA (Elbakary et al., arXiv 2410.15524, section IV, and its
-released code): on Dolly (databricks-dolly-15k) every category is dealt to ten clients, on Natural Instructions (Wang et al., arXiv 2204.07705) a client is one task.
+Two public data sets are read from files that are already there; nothing is downloaded. The
+partitions are those of MIRA (Elbakary et al., arXiv 2410.15524, section IV, and its released code).
+On Dolly (databricks-dolly-15k) every category is dealt to ten clients; on Natural Instructions
+(Wang et al., arXiv 2204.07705) a client is one task.
 
-The prompt ends with a heading for the answer, after Alpaca (Taori et al., 2023), in words of our own. Prompt and answer are tokenised apart, so that a
-generated answer continues exactly what training saw. Examples are ``inputs`` and ``labels``, int32 ``[n, length]``: a label is the token after its
-input, or ``IGNORED`` at prompt positions and padding, as :func:`fedjax_mtl.tasks.language_modelling` expects them.
+The prompt ends with a heading for the answer, after Alpaca (Taori et al., 2023), in words of our
+own. Prompt and answer are tokenised apart, so that a generated answer continues exactly what
+training saw. Examples are ``inputs`` and ``labels``, int32 ``[n, length]``: a label is the token
+after its input, or ``IGNORED`` at prompt positions and padding, as
+:func:`fedjax_mtl.tasks.language_modelling` expects them.
 """
 
 import bisect
@@ -22,18 +26,30 @@ from fedjax_mtl.tasks.language import IGNORED
 
 TEMPLATES = ("alpaca", "short")
 
-_DOLLY = "the file databricks-dolly-15k.jsonl, one object a line with instruction, context, response and category"
-_NATURAL = (
-    "a task of Natural Instructions 2.8 (the folder tasks of https://github.com/allenai/natural-instructions), "
-    "an object with Definition, a list of texts, and Instances, a list of objects with input and output"
+_DOLLY = (
+    "the file databricks-dolly-15k.jsonl, one object a line with instruction, context, response "
+    "and category"
 )
-# Where released models keep the name of their end token, and common names of it, tried in this order.
+_NATURAL = (
+    "a task of Natural Instructions 2.8 (the folder tasks of "
+    "https://github.com/allenai/natural-instructions), an object with Definition, a list of "
+    "texts, and Instances, a list of objects with input and output"
+)
+# Where released models keep the name of their end token, and common names of it, tried in this
+# order.
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 class Instruction(NamedTuple):
-    """What is asked, what it is asked about (may be empty), the answer, and a name for the kind of question."""
+    """One instruction and its answer.
+
+    Attributes:
+        instruction: what is asked.
+        context: what it is asked about; may be empty.
+        response: the answer.
+        category: a name for the kind of question.
+    """
 
     instruction: str
     context: str
@@ -42,7 +58,13 @@ class Instruction(NamedTuple):
 
 
 class ClientRows(NamedTuple):
-    """Who owns what: row numbers of a list of instructions, one array a client, and each client's category."""
+    """Who owns what, as row numbers of a list of instructions.
+
+    Attributes:
+        train: the training rows of each client.
+        test: the test rows of each client.
+        categories: the category of each client.
+    """
 
     train: list[np.ndarray]
     test: list[np.ndarray]
@@ -53,11 +75,14 @@ class ClientRows(NamedTuple):
 
 
 def load_dolly(path: str | os.PathLike[str]) -> list[Instruction]:
-    """Reads databricks-dolly-15k: a line of JSON for each instruction, in the order of the file; blank lines are skipped.
+    """Reads databricks-dolly-15k: a line of JSON for each instruction, in the order of the file.
+
+    Blank lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object, lacks a field or has no answer, or there is no line. The message names file and line.
+        ValueError: a line is no JSON object, lacks a field or has no answer, or there is no line.
+            The message names file and line.
     """
     path = Path(path)
     _check_there(path, _DOLLY)
@@ -89,17 +114,21 @@ def load_natural_instructions(
     longest_input: int = 1023,
     fewest_instances: int = 20,
 ) -> list[Instruction]:
-    """Reads the first tasks that are large enough, a category each, and of each a random share of its instances.
+    """Reads the first tasks that are large enough, and of each a random share of its instances.
 
-    Defaults as in MIRA's released code. The instruction is the first definition and the response the first reference output; an instance whose first
-    output is blank is dropped like one whose input is too long.
+    Each task is a category. The defaults are those of MIRA's released code. The instruction is the
+    first definition and the response the first reference output; an instance whose first output is
+    blank is dropped like one whose input is too long.
 
     Args:
         directory: the folder with one JSON file a task.
-        task_files: names of tasks with or without ``.json``, walked in this order: for the official training tasks, the lines of
-            ``splits/default/train_tasks.txt``. None walks all files in alphabetical order.
+        task_files: names of tasks with or without ``.json``, walked in this order: for the official
+            training tasks, the lines of ``splits/default/train_tasks.txt``. None walks all files in
+            alphabetical order.
         num_tasks: stop after so many tasks.
-        share: of a task's remaining instances, rounded, at least two (one to learn from, one to test).
+        share: of a task's remaining instances, rounded, at least two (one to learn from, one to
+            test).
+        seed: of the random shares.
         longest_input: characters; instances with more are dropped.
         fewest_instances: tasks with fewer left are skipped.
 
@@ -108,7 +137,8 @@ def load_natural_instructions(
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: a file is no JSON, a field is missing, an argument is out of range, or fewer than ``num_tasks`` tasks are left.
+        ValueError: a file is no JSON, a field is missing, an argument is out of range, or fewer
+            than ``num_tasks`` tasks are left.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; give a share of the instances in (0, 1]")
@@ -132,16 +162,18 @@ def load_natural_instructions(
         if kept == num_tasks:
             return found
     raise ValueError(
-        f"{directory}: only {kept} tasks have at least {fewest_instances} instances of at most {longest_input} "
-        f"characters, but num_tasks is {num_tasks}; lower num_tasks or give more task files"
+        f"{directory}: only {kept} tasks have at least {fewest_instances} instances of at most "
+        f"{longest_input} characters, but num_tasks is {num_tasks}; lower num_tasks or give more "
+        "task files"
     )
 
 
 def _task_paths(directory: Path, task_files: Sequence[str] | None) -> list[Path]:
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {directory}. Expected the folder tasks of Natural Instructions 2.8, "
-            "https://github.com/allenai/natural-instructions; nothing is downloaded by itself."
+            f"There is no folder {directory}. Expected the folder tasks of Natural Instructions "
+            "2.8, https://github.com/allenai/natural-instructions; nothing is downloaded by "
+            "itself."
         )
     if task_files is None:
         return sorted(directory.glob("*.json"))
@@ -149,7 +181,10 @@ def _task_paths(directory: Path, task_files: Sequence[str] | None) -> list[Path]
 
 
 def _read_task(path: Path) -> list[Instruction]:
-    """All instances of a task that have an answer; the category is the file's name without ``.json``."""
+    """Reads all instances of a task that have an answer.
+
+    The category is the file's name without ``.json``.
+    """
     _check_there(path, _NATURAL)
     task = _parse(path.read_bytes(), str(path), _NATURAL)
     definition = _first_text(task, "Definition", str(path))
@@ -208,7 +243,8 @@ class Tokenizer(Protocol):
     Attributes:
         vocabulary: tokens are ``0 .. vocabulary - 1``.
         start_tokens: what every text starts with, often nothing.
-        end_token: follows an answer. padding_token: fills rows up; no model should attend to it.
+        end_token: follows an answer.
+        padding_token: fills rows up; no model should attend to it.
     """
 
     vocabulary: int
@@ -217,14 +253,20 @@ class Tokenizer(Protocol):
     padding_token: int
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without start and end."""
+        """Returns the tokens of a text, without start and end."""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of the tokens before the first end token; other special tokens and negative numbers are left out."""
+        """Returns the text of the tokens before the first end token.
+
+        Other special tokens and negative numbers are left out.
+        """
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8, then an end and a padding token: a vocabulary of 258 that needs no file."""
+    """The bytes of UTF-8, then an end and a padding token.
+
+    It is a vocabulary of 258 that needs no file.
+    """
 
     vocabulary = 258
     end_token = 256
@@ -234,9 +276,11 @@ class ByteTokenizer:
         self.start_tokens: list[int] = []
 
     def encode(self, text: str) -> list[int]:
+        """Returns the bytes of a text."""
         return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, tokens: Iterable[int]) -> str:
+        """Returns the text of the bytes before the first end token."""
         kept = [token for token in _before(tokens, self.end_token) if token < 256]
         return bytes(kept).decode("utf-8", errors="replace")
 
@@ -245,7 +289,12 @@ class FileTokenizer:
     """A tokenizer of the ``tokenizers`` library; see :func:`load_tokenizer`."""
 
     def __init__(self, tokenizer: Any, end_token: int) -> None:
-        """``tokenizer`` is a ``tokenizers.Tokenizer``; its own cutting and padding are turned off."""
+        """Wraps a tokenizer of the library, whose own cutting and padding are turned off.
+
+        Args:
+            tokenizer: a ``tokenizers.Tokenizer``.
+            end_token: the token that ends an answer.
+        """
         padding = tokenizer.padding
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -262,9 +311,11 @@ class FileTokenizer:
         ]
 
     def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a text, without start and end."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
+        """Returns the text of the tokens before the first end token."""
         return self._tokenizer.decode(_before(tokens, self.end_token), skip_special_tokens=True)
 
 
@@ -274,8 +325,10 @@ def load_tokenizer(
     """Reads ``tokenizer.json`` from a model's folder.
 
     Args:
-        end_token: its name; by default the ``eos_token`` of ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it, then the
-            first of a few common names that the vocabulary has.
+        directory: the model's folder.
+        end_token: its name; by default the ``eos_token`` of ``tokenizer_config.json`` or
+            ``special_tokens_map.json`` beside it, then the first of a few common names that the
+            vocabulary has.
 
     Raises:
         FileNotFoundError: there is no ``tokenizer.json``.
@@ -294,16 +347,25 @@ def load_tokenizer(
         raise ValueError(f"{path}: no tokenizer of the tokenizers library ({error})") from error
     named = end_token or _end_name(directory)
     for name in [named] if named else _END_NAMES:
-        if tokenizer.token_to_id(name) is not None:
-            return FileTokenizer(tokenizer, tokenizer.token_to_id(name))
+        token = tokenizer.token_to_id(name)
+        if token is not None:
+            return FileTokenizer(tokenizer, token)
+    missing = (
+        f"the vocabulary has no {named!r}"
+        if named
+        else f"none of {_END_NAMES} is in the vocabulary"
+    )
     raise ValueError(
-        f"{path}: no end token; {f'the vocabulary has no {named!r}' if named else f'none of {_END_NAMES} is in the vocabulary'}. "
+        f"{path}: no end token; {missing}. "
         "Give the name of the token that ends an answer as end_token"
     )
 
 
 def _end_name(directory: Path) -> str | None:
-    """The end token's name as the files beside ``tokenizer.json`` have it, a text or an object with ``content``."""
+    """Returns the end token's name as the files beside ``tokenizer.json`` have it.
+
+    There it is a text, or an object with ``content``.
+    """
     for name in _SETTINGS_FILES:
         path = directory / name
         if path.is_file():
@@ -317,7 +379,10 @@ def _end_name(directory: Path) -> str | None:
 
 
 def _before(tokens: Iterable[int], end_token: int) -> list[int]:
-    """The tokens before the first end token, without negative ones, which stand for no token where answers are padded."""
+    """Returns the tokens before the first end token, without negative ones.
+
+    Negative ones stand for no token where answers are padded.
+    """
     kept = [int(token) for token in tokens if token >= 0]
     return kept[: kept.index(end_token)] if end_token in kept else kept
 
@@ -326,7 +391,13 @@ def _before(tokens: Iterable[int], end_token: int) -> list[int]:
 
 
 def format_prompt(instruction: str, context: str = "", template: str = "alpaca") -> str:
-    """The text before the answer: ``alpaca`` with an explanation and headings, ``short`` (``instruction: context``) for tiny models.
+    """Returns the text before the answer.
+
+    Args:
+        instruction: what is asked.
+        context: what it is asked about; may be empty.
+        template: ``alpaca`` with an explanation and headings, or ``short``
+            (``instruction: context``) for tiny models.
 
     Raises:
         ValueError: an unknown template.
@@ -343,19 +414,30 @@ def format_prompt(instruction: str, context: str = "", template: str = "alpaca")
     )
 
 
-def encode(
+def encode_examples(
     instructions: Sequence[Instruction],
     tokenizer: Tokenizer,
     max_length: int,
     template: str = "alpaca",
 ) -> dict[str, np.ndarray]:
-    """Examples to train on: ``inputs`` and ``labels``, int32 ``[n, max_length]``, filled up on the right.
+    """Returns examples to train on.
 
-    The answer and the end token are counted, all else is ``IGNORED``. Where prompt and answer are too long together, the context loses its beginning;
-    if that is not enough, the answer loses its end.
+    The answer and the end token are counted in the loss; all else is ``IGNORED``. Where prompt and
+    answer are too long together, the context loses its beginning; if that is not enough, the answer
+    loses its end.
+
+    Args:
+        instructions: one a row.
+        tokenizer: text to tokens.
+        max_length: tokens in a row.
+        template: see :func:`format_prompt`.
+
+    Returns:
+        ``inputs`` and ``labels``, int32 ``[n, max_length]``, filled up on the right.
 
     Raises:
-        ValueError: no token of an answer would fit, or an unknown template. The message names the example.
+        ValueError: no token of an answer would fit, or an unknown template. The message names the
+            example.
     """
     shape = (len(instructions), max_length)
     inputs = np.full(shape, tokenizer.padding_token, np.int32)
@@ -381,15 +463,23 @@ def encode_prompts(
     capacity: int,
     template: str = "alpaca",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts to generate answers from: int32 ``[n, capacity]``, filled up on the right, and their lengths, int32 ``[n]``.
+    """Returns prompts to generate answers from.
 
     Where a prompt is too long, the context loses its beginning.
 
     Args:
+        instructions: one a row.
+        tokenizer: text to tokens.
         capacity: tokens; a model's longest sequence less those to be generated.
+        template: see :func:`format_prompt`.
+
+    Returns:
+        The prompts, int32 ``[n, capacity]``, filled up on the right, and their lengths, int32
+        ``[n]``.
 
     Raises:
-        ValueError: a prompt does not fit even without its context, or an unknown template. The message names the example.
+        ValueError: a prompt does not fit even without its context, or an unknown template. The
+            message names the example.
     """
     prompts = np.full((len(instructions), capacity), tokenizer.padding_token, np.int32)
     lengths = np.zeros(len(instructions), np.int32)
@@ -405,7 +495,14 @@ def encode_prompts(
 def keep_fitting(
     instructions: Sequence[Instruction], tokenizer: Tokenizer, room: int, template: str = "alpaca"
 ) -> list[Instruction]:
-    """Those whose prompt fits into ``room`` tokens, if need be without context: what :func:`encode` takes as ``max_length``."""
+    """Returns the instructions whose prompt fits, if need be without its context.
+
+    Args:
+        instructions: to choose from.
+        tokenizer: text to tokens.
+        room: tokens; what :func:`encode_examples` takes as ``max_length``.
+        template: see :func:`format_prompt`.
+    """
     return [
         item
         for item in instructions
@@ -414,9 +511,11 @@ def keep_fitting(
 
 
 def _prompt_tokens(item: Instruction, tokenizer: Tokenizer, room: int, template: str) -> list[int]:
-    """The prompt with as little as possible of its context's beginning cut off to fit into ``room`` tokens.
+    """Returns the prompt, cut to fit into ``room`` tokens.
 
-    Without any context it may still be too long. The text is cut, not the tokens, so that what is left is tokenised as text always is.
+    As little as possible of the beginning of its context is cut off. Without any context it may
+    still be too long. The text is cut, not the tokens, so that what is left is tokenised as text
+    always is.
     """
 
     def tokens(cut: int) -> list[int]:
@@ -431,8 +530,8 @@ def _prompt_tokens(item: Instruction, tokenizer: Tokenizer, room: int, template:
 
 def _does_not_fit(row: int, needed: int, room: str) -> str:
     return (
-        f"example {row}: its prompt takes {needed} tokens without any context, too many for {room}; "
-        "raise the limit, or leave such examples out with keep_fitting"
+        f"example {row}: its prompt takes {needed} tokens without any context, too many for "
+        f"{room}; raise the limit, or leave such examples out with keep_fitting"
     )
 
 
@@ -445,16 +544,21 @@ def deal_categories(
     seed: int = 0,
     test_share: float = 0.2,
 ) -> ClientRows:
-    """Deals every category at random and evenly to clients of its own, and cuts each client's part into train and test.
+    """Deals every category at random and evenly to clients of its own.
 
-    Clients of a category follow each other, categories in the order of their first appearance. With one client a category and the tasks of
+    Each client's part is cut into train and test. Clients of a category follow each other,
+    categories in the order of their first appearance. With one client a category and the tasks of
     Natural Instructions as categories, a client is a task.
 
     Args:
+        instructions: to deal.
+        clients_per_category: how many clients share a category.
+        seed: of the deal.
         test_share: of each client's instructions, rounded, at least one on either side.
 
     Raises:
-        ValueError: a category with fewer than two instructions a client, or an argument out of range.
+        ValueError: a category with fewer than two instructions a client, or an argument out of
+            range.
     """
     if clients_per_category < 1 or not 0 < test_share < 1:
         raise ValueError(
@@ -468,8 +572,9 @@ def deal_categories(
         members = rng.permutation(np.nonzero(categories == category)[0])
         if len(members) < 2 * clients_per_category:
             raise ValueError(
-                f"category {category!r} has {len(members)} instructions for {clients_per_category} clients, who need "
-                "two each, one to learn from and one to test; use fewer clients or drop the category"
+                f"category {category!r} has {len(members)} instructions for {clients_per_category} "
+                "clients, who need two each, one to learn from and one to test; use fewer clients "
+                "or drop the category"
             )
         for own in np.array_split(members, clients_per_category):
             count = min(max(round(test_share * len(own)), 1), len(own) - 1)
@@ -480,6 +585,11 @@ def deal_categories(
 
 
 def federate(examples: dict[str, np.ndarray], clients: ClientRows) -> Splits:
-    """The clients' train and test sets over one table of examples, a row for each instruction (from :func:`encode`)."""
+    """Returns the clients' train and test sets over one table of examples.
+
+    Args:
+        examples: from :func:`encode_examples`, a row for each instruction.
+        clients: who owns which rows.
+    """
     train = make_federation(examples, clients.train)
     return Splits(train, make_federation(train.examples, clients.test))

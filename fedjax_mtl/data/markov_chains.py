@@ -1,9 +1,11 @@
-"""Clients with noisy permutation chains for languages: the smallest task on which a language model's adapters can be compared.
+"""Clients with noisy permutation chains for languages: the smallest task to compare adapters on.
 
-Every group of clients has a permutation pi of the vocabulary and each client a variant of it with a few images swapped. A sequence starts
-with a uniform token; the next is pi(current) with probability ``follow`` and otherwise uniform over the whole vocabulary, pi(current)
-included. Clients of one group thus share nearly everything, and clients of different groups nothing but the form. It stands in for the
-instruction sets of MIRA (Elbakary et al., arXiv 2410.15524, section IV) where there is neither a checkpoint nor data.
+Every group of clients has a permutation pi of the vocabulary, and each client a variant of it with
+a few images swapped. A sequence starts with a uniform token; the next is pi(current) with
+probability ``follow`` and otherwise uniform over the whole vocabulary, pi(current) included.
+Clients of one group thus share nearly everything, and clients of different groups nothing but the
+form. It stands in for the instruction sets of MIRA (Elbakary et al., arXiv 2410.15524, section IV)
+where there is neither a checkpoint nor data.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,8 @@ class MarkovChains(NamedTuple):
     """The generated problem.
 
     Attributes:
-        splits: train and test clients; examples are ``inputs`` and ``labels``, int32 ``[n, length - 1]``, all positions counted.
+        splits: train and test clients; examples are ``inputs`` and ``labels``, int32
+            ``[n, length - 1]``, all positions counted.
         groups: int64 ``[clients]``, the group of each client, in order.
         successors: int64 ``[clients, vocabulary]``, pi of each client.
     """
@@ -31,7 +34,7 @@ class MarkovChains(NamedTuple):
     successors: np.ndarray
 
 
-def markov_chains(
+def draw_chains(
     seed: int,
     *,
     num_clients: int = 16,
@@ -46,9 +49,13 @@ def markov_chains(
     """Draws the clients' chains and sequences.
 
     Args:
+        seed: of the draw.
+        num_clients: how many clients.
         num_groups: groups of clients, of sizes that differ by at most one.
+        vocabulary: how many different tokens there are.
         length: tokens in a sequence, one more than there are predictions.
-        train_sequences, test_sequences: of each client.
+        train_sequences: training sequences of each client.
+        test_sequences: test sequences of each client.
         follow: probability of following the permutation.
         swaps: how many times a client exchanges two images of its group's permutation.
 
@@ -57,12 +64,14 @@ def markov_chains(
     """
     if not 1 <= num_groups <= num_clients:
         raise ValueError(
-            f"num_groups is {num_groups} for {num_clients} clients; give every group at least one client"
+            f"num_groups is {num_groups} for {num_clients} clients; give every group at least one "
+            "client"
         )
     if swaps < 0 or min(train_sequences, test_sequences) < 1:
         raise ValueError(
-            f"swaps is {swaps}, train_sequences {train_sequences} and test_sequences {test_sequences}; "
-            "give no negative number of swaps and at least one sequence of either kind"
+            f"swaps is {swaps}, train_sequences {train_sequences} and test_sequences "
+            f"{test_sequences}; give no negative number of swaps and at least one sequence of "
+            "either kind"
         )
     _check_chain(vocabulary, length, follow)
     rng = np.random.default_rng([seed, _CLIENTS])
@@ -86,19 +95,29 @@ def pretraining_sequences(
     length: int = 13,
     noise: float = 0.5,
 ) -> dict[str, np.ndarray]:
-    """Sequences of other chains for a base model: ``inputs`` and ``labels``, int32 ``[num_sequences, length - 1]``.
+    """Draws sequences of other chains for a base model.
 
-    The chains are drawn independently of those of :func:`markov_chains` with the same seed, and take turns.
+    The chains are drawn independently of those of :func:`draw_chains` with the same seed, and
+    take turns.
 
     Args:
+        seed: of the draw.
+        num_sequences: how many sequences.
+        num_chains: how many chains they are of.
+        vocabulary: how many different tokens there are.
+        length: tokens in a sequence, one more than there are predictions.
         noise: probability of a uniform token instead of pi(current).
+
+    Returns:
+        ``inputs`` and ``labels``, int32 ``[num_sequences, length - 1]``.
 
     Raises:
         ValueError: a count that is too small, or ``noise`` outside [0, 1].
     """
     if not 1 <= num_chains <= num_sequences:
         raise ValueError(
-            f"num_chains is {num_chains} for {num_sequences} sequences; give every chain at least one"
+            f"num_chains is {num_chains} for {num_sequences} sequences; give every chain at least "
+            "one"
         )
     _check_chain(vocabulary, length, 1 - noise)
     rng = np.random.default_rng([seed, _PRETRAINING])
@@ -108,9 +127,10 @@ def pretraining_sequences(
 
 
 def entropy_floor(vocabulary: int = 12, follow: float = 0.75) -> float:
-    """The least expected loss in nats a token: the entropy of the next token given the current one and the chain.
+    """Returns the least expected loss in nats a token.
 
-    pi(current) has probability follow + (1 - follow) / V, each of the V - 1 others (1 - follow) / V.
+    It is the entropy of the next token given the current one and the chain: pi(current) has
+    probability follow + (1 - follow) / V, each of the V - 1 others (1 - follow) / V.
     """
     other = (1 - follow) / vocabulary
     return float(entr(follow + other) + (vocabulary - 1) * entr(other))
@@ -121,17 +141,18 @@ def _check_chain(vocabulary: int, length: int, follow: float) -> None:
         raise ValueError(f"vocabulary is {vocabulary} and length {length}; both must be at least 2")
     if not 0 <= follow <= 1:
         raise ValueError(
-            f"the probability of following the permutation is {follow}; give follow or noise in [0, 1]"
+            f"the probability of following the permutation is {follow}; give follow or noise in "
+            "[0, 1]"
         )
 
 
 def _permutations(count: int, vocabulary: int, rng: np.random.Generator) -> np.ndarray:
-    """Random permutations, int64 ``[count, vocabulary]``."""
+    """Draws random permutations, int64 ``[count, vocabulary]``."""
     return np.stack([rng.permutation(vocabulary) for _ in range(count)])
 
 
 def _swap_images(permutation: np.ndarray, swaps: int, rng: np.random.Generator) -> np.ndarray:
-    """A copy in which two images ``swaps`` times changed places, ``[vocabulary]``."""
+    """Returns a copy in which two images ``swaps`` times changed places, ``[vocabulary]``."""
     swapped = permutation.copy()
     for _ in range(swaps):
         pair = rng.choice(len(swapped), 2, replace=False)
@@ -142,7 +163,7 @@ def _swap_images(permutation: np.ndarray, swaps: int, rng: np.random.Generator) 
 def _sample(
     successors: np.ndarray, length: int, follow: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """One sequence a row of ``successors [n, vocabulary]``, int32 ``[n, length]``."""
+    """Draws one sequence for each row of ``successors [n, vocabulary]``, int32 ``[n, length]``."""
     count, vocabulary = successors.shape
     tokens = np.empty((count, length), np.int32)
     tokens[:, 0] = rng.integers(vocabulary, size=count)
@@ -154,5 +175,8 @@ def _sample(
 
 
 def _examples(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Every token but the last, and what follows it: ``[n, length] -> {"inputs", "labels"}``, ``[n, length - 1]``."""
+    """Returns every token but the last as ``inputs``, and what follows each as ``labels``.
+
+    The shapes are ``[n, length] -> [n, length - 1]``.
+    """
     return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}

@@ -1,7 +1,8 @@
 """Mixtures of distributions over clients, as FedEM assumes them, made from any data set.
 
-Every client has weights over a few components, every example it owns is assigned to one of them, and the component decides what
-happens to the example: its label is permuted, its image rotated. (The third way, label skew, is a partition: ``dirichlet_labels``.)
+Every client has weights over a few components, every example it owns is assigned to one of them,
+and the component decides what happens to the example: its label is permuted, or its image rotated.
+(The third way, label skew, is a partition: ``dirichlet_labels``.)
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from scipy import ndimage
 def draw_mixtures(
     num_clients: int, num_components: int, alpha: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Each client's weights from Dirichlet(alpha), float ``[clients, components]``."""
+    """Draws each client's weights from Dirichlet(alpha), float ``[clients, components]``."""
     if num_components < 1:
         raise ValueError(f"num_components is {num_components}; a mixture needs at least 1")
     if not alpha > 0:
@@ -22,9 +23,17 @@ def draw_mixtures(
 
 
 def hold_out_evenly(mixtures: np.ndarray, num_held: int) -> np.ndarray:
-    """Orders clients so that the first ``num_held`` are spread evenly over easy and hard ones, ``[clients, components]``.
+    """Orders clients so that the first ones are spread evenly over easy and hard ones.
 
-    How well a client can be served is bounded by its largest weight. A random choice of few held-out clients would differ from the others in that alone.
+    How well a client can be served is bounded by its largest weight. A random choice of few
+    held-out clients would differ from the others in that alone.
+
+    Args:
+        mixtures: ``[clients, components]``.
+        num_held: how many clients, the first ones, are to be spread evenly.
+
+    Returns:
+        The same rows in another order, ``[clients, components]``.
     """
     if not num_held:
         return mixtures
@@ -37,10 +46,10 @@ def hold_out_evenly(mixtures: np.ndarray, num_held: int) -> np.ndarray:
 def draw_clients(
     pool: np.ndarray, num_clients: int, size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Each client's ``size`` different rows of a pool, drawn independently of the other clients'.
+    """Draws each client's ``size`` different rows of a pool, independently of the other clients'.
 
-    Clients that are samples of underlying distributions may hold the same image, each with what its own component makes of it; give training and test
-    data pools that do not overlap.
+    Clients that are samples of underlying distributions may hold the same image, each with what its
+    own component makes of it; give training and test data pools that do not overlap.
 
     Raises:
         ValueError: the pool is smaller than ``size``.
@@ -55,10 +64,19 @@ def draw_clients(
 def draw_components(
     rows: Sequence[np.ndarray], mixtures: np.ndarray, num_examples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The component of every example, int ``[num_examples]``, drawn by its owner's weights; -1 where nobody owns it.
+    """Draws the component of every example by its owner's weights, int ``[num_examples]``.
+
+    It is -1 where nobody owns the example.
+
+    Args:
+        rows: the rows of each client.
+        mixtures: the weights of each client, ``[clients, components]``.
+        num_examples: in the table.
+        rng: the source of randomness.
 
     Raises:
-        ValueError: two clients own the same example (it could not belong to both), or mixtures and rows differ in length.
+        ValueError: two clients own the same example (it could not belong to both), or mixtures and
+            rows differ in length.
     """
     if len(rows) != len(mixtures):
         raise ValueError(f"{len(rows)} clients but {len(mixtures)} rows of mixture weights")
@@ -66,7 +84,8 @@ def draw_components(
     for client, (own, weights) in enumerate(zip(rows, mixtures, strict=True)):
         if (components[own] >= 0).any():
             raise ValueError(
-                f"client {client} shares examples with another client; mixtures need disjoint clients"
+                f"client {client} shares examples with another client; mixtures need disjoint "
+                "clients"
             )
         components[own] = rng.choice(len(weights), size=len(own), p=weights)
     return components
@@ -75,7 +94,10 @@ def draw_components(
 def label_permutations(
     num_components: int, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """One permutation of the labels a component, int ``[components, classes]``; the first is the identity."""
+    """Draws one permutation of the labels for each component, int ``[components, classes]``.
+
+    The first is the identity.
+    """
     others = [rng.permutation(num_classes) for _ in range(num_components - 1)]
     return np.stack([np.arange(num_classes), *others])
 
@@ -83,16 +105,25 @@ def label_permutations(
 def permute_labels(
     labels: np.ndarray, components: np.ndarray, permutations: np.ndarray
 ) -> np.ndarray:
-    """``permutations[component, label]`` of every example: components share the inputs and differ in p(y | x), as FedEM assumes."""
+    """Returns ``permutations[component, label]`` of every example.
+
+    Components then share the inputs and differ in p(y | x), as FedEM assumes.
+    """
     return permutations[np.maximum(components, 0), labels].astype(labels.dtype)
 
 
 def rotate_images(
     images: np.ndarray, components: np.ndarray, angles: Sequence[float]
 ) -> np.ndarray:
-    """Images ``[n, h, w, c]`` turned by their component's angle in degrees: components differ in p(x), beyond FedEM's assumption.
+    """Turns images by their component's angle: components then differ in p(x).
 
-    Quarter turns of square images are exact; other angles are interpolated linearly and padded with zeros.
+    That goes beyond FedEM's assumption. Quarter turns of square images are exact; other angles are
+    interpolated linearly and padded with zeros.
+
+    Args:
+        images: ``[n, h, w, c]``.
+        components: int ``[n]``.
+        angles: of each component, in degrees.
     """
     result = np.array(images)
     for component, angle in enumerate(angles):

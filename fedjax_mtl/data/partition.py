@@ -1,6 +1,7 @@
-"""Partitioners: which client owns which rows. Plain numpy, made once; each returns one array of row numbers a client.
+"""Partitioners: which client owns which rows.
 
-Clients that a random partition leaves without examples are dropped, as the papers' released codes do.
+They are plain numpy and made once; each returns one array of row numbers for each client. Clients
+that a random partition leaves without examples are dropped, as the papers' released codes do.
 """
 
 from typing import Any
@@ -15,7 +16,8 @@ Rows = list[np.ndarray]
 def _check(num_clients: int, num_examples: int) -> None:
     if not 1 <= num_clients <= num_examples:
         raise ValueError(
-            f"cannot split {num_examples} examples over {num_clients} clients; give every client at least one"
+            f"cannot split {num_examples} examples over {num_clients} clients; give every client "
+            "at least one"
         )
 
 
@@ -25,7 +27,7 @@ def _positive(name: str, value: float) -> None:
 
 
 def iid(num_examples: int, num_clients: int, rng: np.random.Generator) -> Rows:
-    """Equal random parts (sizes differ by at most one)."""
+    """Cuts the examples into equal random parts, whose sizes differ by at most one."""
     _check(num_clients, num_examples)
     return [np.sort(part) for part in np.array_split(rng.permutation(num_examples), num_clients)]
 
@@ -37,13 +39,18 @@ def dirichlet_labels(
     rng: np.random.Generator,
     num_groups: int | None = None,
 ) -> Rows:
-    """Label skew: the examples of each group of labels are dealt to the clients by a draw from Dirichlet(alpha).
+    """Deals the examples of each group of labels to the clients by a draw from Dirichlet(alpha).
+
+    This is label skew.
 
     Args:
         labels: int ``[num_examples]``.
-        alpha: concentration; small gives each client few groups.
-        num_groups: labels are shuffled and cut into this many groups. None: every label its own (EMNIST in FedEM, arXiv 2108.10252, and its paper's
-            text for CIFAR-10); the released code cuts CIFAR-10 into 3.
+        num_clients: how many clients the examples are dealt to.
+        alpha: concentration; a small one gives each client few groups.
+        rng: the source of randomness.
+        num_groups: labels are shuffled and cut into this many groups. None makes every label its
+            own group (EMNIST in FedEM, arXiv 2108.10252, and its paper's text for CIFAR-10); the
+            released code cuts CIFAR-10 into 3.
     """
     _check(num_clients, len(labels))
     _positive("alpha", alpha)
@@ -64,7 +71,10 @@ def dirichlet_labels(
 def label_shards(
     labels: np.ndarray, num_clients: int, shards_per_client: int, rng: np.random.Generator
 ) -> Rows:
-    """The pathological split of FedAvg (arXiv 1602.05629): sorted by label, cut into shards, a few dealt to each client."""
+    """Sorts by label, cuts into shards, and deals a few shards to each client.
+
+    This is the pathological split of FedAvg (arXiv 1602.05629).
+    """
     _check(num_clients * shards_per_client, len(labels))
     shards = np.array_split(np.argsort(labels, kind="stable"), num_clients * shards_per_client)
     order = rng.permutation(len(shards)).reshape(num_clients, shards_per_client)
@@ -81,14 +91,26 @@ def pachinko(
     alpha: float = 0.4,
     beta: float = 10.0,
 ) -> Rows:
-    """Pachinko allocation over a two-level label tree (Reddi et al., arXiv 2003.00295, appendix F; FedEM's CIFAR-100).
+    """Allocates examples over a two-level tree of labels, by Pachinko allocation.
 
-    Every client draws a distribution over coarse labels from Dirichlet(alpha) and, for each, one over its fine labels from Dirichlet(beta), over the labels
-    that are left; then ``size`` images one by one, each without replacement. A label that runs out is removed and the rest renormalised.
+    It is that of Reddi et al. (arXiv 2003.00295, appendix F), with which FedEM splits CIFAR-100.
+    Every client draws a distribution over coarse labels from Dirichlet(alpha) and, for each, one
+    over its fine labels from Dirichlet(beta), over the labels that are left; then it draws ``size``
+    images one by one, each without replacement. A label that runs out is removed and the rest
+    renormalised.
 
     Args:
-        labels, coarse_labels: int ``[num_examples]``, fine and coarse.
-        size: examples of each client; default all of them shared equally.
+        labels: fine labels, int ``[num_examples]``.
+        coarse_labels: int ``[num_examples]``.
+        num_clients: how many clients.
+        rng: the source of randomness.
+        size: examples of each client; by default all of them shared equally.
+        alpha: concentration of the coarse labels.
+        beta: concentration of the fine labels.
+
+    Raises:
+        ValueError: more examples are needed than there are, or a concentration that is not
+            positive.
     """
     _check(num_clients, len(labels))
     _positive("alpha", alpha)
@@ -101,34 +123,49 @@ def pachinko(
     pools = {
         fine: list(rng.permutation(np.nonzero(labels == fine)[0])) for fine in np.unique(labels)
     }
-    children: dict[Any, list] = {}
+    children: dict[Any, list[Any]] = {}
     for fine in pools:
         children.setdefault(coarse_labels[pools[fine][0]], []).append(fine)
+    return [_pachinko_client(pools, children, size, alpha, beta, rng) for _ in range(num_clients)]
 
-    def draw(names: list, weights: np.ndarray) -> int:
-        return int(rng.choice(len(names), p=weights / weights.sum()))
 
-    rows = []
-    for _ in range(num_clients):
-        coarse = sorted(children)
-        coarse_weights = list(rng.dirichlet(np.full(len(coarse), alpha)) + 1e-12)
-        fine = {c: list(children[c]) for c in coarse}
-        fine_weights = {c: list(rng.dirichlet(np.full(len(fine[c]), beta)) + 1e-12) for c in coarse}
-        own = []
-        for _ in range(size):
-            c = coarse[draw(coarse, np.array(coarse_weights))]
-            at = draw(fine[c], np.array(fine_weights[c]))
-            name = fine[c][at]
-            own.append(pools[name].pop())
-            if pools[name]:
-                continue
-            del fine[c][at], fine_weights[c][at]
-            children[c].remove(name)
-            if not children[c]:
-                del children[c], coarse_weights[coarse.index(c)]
-                coarse.remove(c)
-        rows.append(np.array(own))
-    return rows
+def _pachinko_client(
+    pools: dict[Any, list[int]],
+    children: dict[Any, list[Any]],
+    size: int,
+    alpha: float,
+    beta: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draws one client's rows, ``[size]``.
+
+    It takes them out of ``pools``, the rows that are left of each fine label, and labels that run
+    out of ``children``, the fine labels of each coarse one.
+    """
+    coarse = sorted(children)
+    coarse_weights = list(rng.dirichlet(np.full(len(coarse), alpha)) + 1e-12)
+    fine = {c: list(children[c]) for c in coarse}
+    fine_weights = {c: list(rng.dirichlet(np.full(len(fine[c]), beta)) + 1e-12) for c in coarse}
+    own = []
+    for _ in range(size):
+        c = coarse[_draw_place(coarse_weights, rng)]
+        at = _draw_place(fine_weights[c], rng)
+        name = fine[c][at]
+        own.append(pools[name].pop())
+        if pools[name]:
+            continue
+        del fine[c][at], fine_weights[c][at]
+        children[c].remove(name)
+        if not children[c]:
+            del children[c], coarse_weights[coarse.index(c)]
+            coarse.remove(c)
+    return np.array(own)
+
+
+def _draw_place(weights: list[float], rng: np.random.Generator) -> int:
+    """Draws a place in the list with probabilities in proportion to its entries."""
+    total = np.array(weights)
+    return int(rng.choice(len(total), p=total / total.sum()))
 
 
 def split_clients(
@@ -144,7 +181,9 @@ def split_clients(
     A client with fewer than two examples cannot be cut and is dropped.
 
     Args:
-        examples: pytree with leaves ``[num_examples, ...]``. rows: one array a client.
+        examples: pytree with leaves ``[num_examples, ...]``.
+        rows: one array a client.
+        rng: the source of randomness.
         test_fraction: of each client's examples, rounded, at least one on either side.
         unseen_fraction: of the clients, chosen at random.
 
@@ -172,9 +211,10 @@ def split_clients(
 
     first = make_federation(examples, [train[c] for c in seen])
 
-    def of(parts: Rows, clients: np.ndarray) -> Federation | None:
-        if not len(clients):
+    def unseen(parts: Rows) -> Federation | None:
+        if not len(held):
             return None
-        return make_federation(first.examples, [parts[c] for c in clients])
+        return make_federation(first.examples, [parts[c] for c in held])
 
-    return Splits(first, of(test, seen), of(train, held), of(test, held))
+    judged = make_federation(first.examples, [test[c] for c in seen])
+    return Splits(first, judged, unseen(train), unseen(test))

@@ -1,11 +1,11 @@
-"""Ray casting of planes, spheres, boxes, capsules and cylinders, vectorised over pixels, with exact depth,
-normals and curvature.
+"""Ray casting of planes, spheres, boxes, capsules and cylinders, vectorised over pixels.
 
-The camera sits at the origin: x right, y down, z forward, all lengths in metres. A pixel's ray is
-``r = ((x - c_x)/f, (y - c_y)/f, 1)``, not normalised, so that the ray parameter of a hit is its
-depth along z.
+Depth, normals and curvature are exact. The camera sits at the origin: x right, y down, z forward,
+all lengths in metres. A pixel's ray is ``r = ((x - c_x)/f, (y - c_y)/f, 1)``, not normalised, so
+that the ray parameter of a hit is its depth along z.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,21 +15,37 @@ _NEAREST = 0.05
 
 
 class Plane(NamedTuple):
-    """The points p with ``p . normal = offset``; ``normal`` is a unit vector."""
+    """The points p with ``p . normal = offset``.
+
+    Attributes:
+        normal: float ``[3]``, a unit vector.
+        offset: metres.
+    """
 
     normal: np.ndarray
     offset: float
 
 
 class Sphere(NamedTuple):
-    """A ball's surface."""
+    """A ball's surface.
+
+    Attributes:
+        centre: float ``[3]``.
+        radius: metres.
+    """
 
     centre: np.ndarray
     radius: float
 
 
 class Box(NamedTuple):
-    """A box of half extents ``half`` along the rows of ``axes``, float ``[3, 3]`` and orthonormal."""
+    """A box in any orientation.
+
+    Attributes:
+        centre: float ``[3]``.
+        axes: float ``[3, 3]``, orthonormal; the rows are the box's directions.
+        half: float ``[3]``, half extents along the rows of ``axes``.
+    """
 
     centre: np.ndarray
     axes: np.ndarray
@@ -37,7 +53,13 @@ class Box(NamedTuple):
 
 
 class Capsule(NamedTuple):
-    """All points at distance ``radius`` of the segment from ``start`` to ``end``."""
+    """All points at distance ``radius`` of the segment from ``start`` to ``end``.
+
+    Attributes:
+        start: float ``[3]``.
+        end: float ``[3]``.
+        radius: metres.
+    """
 
     start: np.ndarray
     end: np.ndarray
@@ -45,7 +67,13 @@ class Capsule(NamedTuple):
 
 
 class Cylinder(NamedTuple):
-    """A solid cylinder around the segment from ``start`` to ``end``, with flat caps."""
+    """A solid cylinder around the segment from ``start`` to ``end``, with flat caps.
+
+    Attributes:
+        start: float ``[3]``.
+        end: float ``[3]``.
+        radius: metres.
+    """
 
     start: np.ndarray
     end: np.ndarray
@@ -55,14 +83,16 @@ class Cylinder(NamedTuple):
 Shape = Plane | Sphere | Box | Capsule | Cylinder
 
 
-class Hits(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # a tuple has an ``index`` of its own
+class Hits:
     """What each pixel sees.
 
     Attributes:
         depth: float ``[height, width]``, metres along z; infinite where nothing is hit.
-        normals: float ``[height, width, 3]``, unit and facing the camera; zero where nothing is hit.
-        curvature: float ``[height, width, 2]``, principal curvatures in 1/m, the larger first, positive
-            where convex.
+        normals: float ``[height, width, 3]``, unit and facing the camera; zero where nothing is
+            hit.
+        curvature: float ``[height, width, 2]``, principal curvatures in 1/m, the larger first,
+            positive where convex.
         index: int ``[height, width]``, which shape; -1 where nothing is hit.
     """
 
@@ -73,8 +103,9 @@ class Hits(NamedTuple):
 
 
 def pixel_rays(height: int, width: int, focal: float) -> np.ndarray:
-    """Rays through all pixel centres, float ``[height, width, 3]``; the principal point is the middle of the
-    image, ``focal`` is in pixels.
+    """Returns rays through all pixel centres, float ``[height, width, 3]``.
+
+    The principal point is the middle of the image; ``focal`` is in pixels.
     """
     x = (np.arange(width) - (width - 1) / 2) / focal
     y = (np.arange(height) - (height - 1) / 2) / focal
@@ -83,7 +114,7 @@ def pixel_rays(height: int, width: int, focal: float) -> np.ndarray:
 
 
 def turn(shape: Shape, rotation: np.ndarray) -> Shape:
-    """The shape rotated about the camera, every point p moved to ``rotation @ p``."""
+    """Rotates a shape about the camera: every point p moves to ``rotation @ p``."""
     match shape:
         case Plane(normal, offset):
             return Plane(rotation @ normal, offset)
@@ -96,8 +127,10 @@ def turn(shape: Shape, rotation: np.ndarray) -> Shape:
 
 
 def corners(shape: Shape) -> np.ndarray:
-    """Distinctive points, float ``[points, 3]``: a box's corners, the ends of a capsule's or cylinder's
-    axis; none of planes and spheres.
+    """Returns the distinctive points of a shape, float ``[points, 3]``.
+
+    They are a box's corners and the ends of a capsule's or cylinder's axis; planes and spheres have
+    none.
     """
     match shape:
         case Box(centre, axes, half):
@@ -109,7 +142,7 @@ def corners(shape: Shape) -> np.ndarray:
 
 
 def cast(shapes: Sequence[Shape], rays: np.ndarray) -> Hits:
-    """The nearest shape along every ray.
+    """Finds the nearest shape along every ray.
 
     Args:
         shapes: in camera coordinates; the camera is outside of all of them.
@@ -136,8 +169,9 @@ def cast(shapes: Sequence[Shape], rays: np.ndarray) -> Hits:
 
 
 def _window(shape: Shape, rays: np.ndarray) -> tuple[slice, slice]:
-    """A part of the image that surely contains the shape: most shapes are small, which saves most of the
-    work.
+    """Returns a part of the image that surely contains the shape.
+
+    Most shapes are small, so this saves most of the work.
     """
     match shape:
         case Plane():
@@ -162,7 +196,10 @@ def _window(shape: Shape, rays: np.ndarray) -> tuple[slice, slice]:
 
 
 def _distance(shape: Shape, rays: np.ndarray) -> np.ndarray:
-    """Ray parameters of the first hits, ``[height, width]``; infinite or not a number for misses."""
+    """Returns ray parameters of the first hits, ``[height, width]``.
+
+    They are infinite or not a number for misses.
+    """
     match shape:
         case Plane(normal, offset):
             return offset / (rays @ normal)
@@ -188,7 +225,10 @@ def _sphere_distance(centre: np.ndarray, radius: float, rays: np.ndarray) -> np.
 
 
 def _side_distance(shape: Capsule | Cylinder, rays: np.ndarray) -> np.ndarray:
-    """Hits of the curved side alone: a quadratic across the axis, then a test of the height along it."""
+    """Hits the curved side alone.
+
+    That is a quadratic across the axis, then a test of the height along it.
+    """
     start, end, radius = shape
     length = np.linalg.norm(end - start)
     axis = (end - start) / length
@@ -212,7 +252,7 @@ def _cap_distance(shape: Cylinder, rays: np.ndarray) -> np.ndarray:
 
 
 def _surface(shape: Shape, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outward normals ``[n, 3]`` and principal curvatures ``[n, 2]`` at points on the surface."""
+    """Returns outward normals ``[n, 3]`` and principal curvatures ``[n, 2]`` at surface points."""
     flat = np.zeros((len(points), 2))
     match shape:
         case Plane(normal, _):
@@ -251,8 +291,8 @@ class Paint(NamedTuple):
 
     Attributes:
         colour: RGB in 0..255.
-        waves: float ``[2, 3]``, wave vectors in rad/m of two sine waves whose product is the texture; a zero
-            row leaves stripes.
+        waves: float ``[2, 3]``, wave vectors in rad/m of two sine waves whose product is the
+            texture; a zero row leaves stripes.
         phases: float ``[2]``.
         contrast: relative strength of the waves.
         grain: relative strength of white noise, which looks rough at every resolution.
@@ -268,8 +308,13 @@ class Paint(NamedTuple):
 
 
 class Light(NamedTuple):
-    """A light at ``place[:3]`` if ``place[3]`` is 1, in direction ``place[:3]`` if it is 0, with ambient and
-    diffuse strength.
+    """A lamp or a sun.
+
+    Attributes:
+        place: float ``[4]``; the light is at ``place[:3]`` if ``place[3]`` is 1, and in direction
+            ``place[:3]`` if it is 0.
+        ambient: strength of the light from everywhere.
+        diffuse: strength of the light from ``place``.
     """
 
     place: np.ndarray
@@ -285,8 +330,17 @@ def shade(
     focal: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Colours of what the pixels see, float ``[height, width, 3]``, in 0..255 or above; zero where nothing
-    is hit.
+    """Returns colours of what the pixels see, float ``[height, width, 3]``.
+
+    They are in 0..255 or above; zero where nothing is hit.
+
+    Args:
+        hits: what the pixels see.
+        paints: of each shape.
+        light: that shines on the shapes.
+        rays: from ``pixel_rays``.
+        focal: in pixels.
+        rng: of the grain.
     """
     image = np.zeros(rays.shape)
     noise = rng.standard_normal(rays.shape[:2])
@@ -311,14 +365,19 @@ def shade(
 
 
 def lambert(hits: Hits, rays: np.ndarray) -> np.ndarray:
-    """Brightness of white matt surfaces lit from the camera, float ``[height, width]`` in [0, 1]; 0 where
-    nothing is hit.
+    """Returns the brightness of white matt surfaces lit from the camera, float ``[height, width]``.
+
+    It is in [0, 1]; 0 where nothing is hit.
     """
     return np.clip(-np.einsum("hwc,hwc->hw", hits.normals, _unit(rays)), 0, 1)
 
 
 def differs(values: np.ndarray) -> np.ndarray:
-    """Pixels whose value differs from the right or the lower neighbour's, bool ``[height, width]``."""
+    """Finds pixels whose value differs from the right or the lower neighbour's.
+
+    Returns:
+        bool ``[height, width]``.
+    """
     found = np.zeros(values.shape, bool)
     found[:, :-1] |= values[:, :-1] != values[:, 1:]
     found[:-1] |= values[:-1] != values[1:]
@@ -326,11 +385,17 @@ def differs(values: np.ndarray) -> np.ndarray:
 
 
 def occlusions(hits: Hits, threshold: float = 0.05) -> np.ndarray:
-    """Pixels where log depth jumps by more than ``threshold`` to another shape at the right or lower
-    neighbour, bool ``[height, width]``.
+    """Finds pixels where log depth jumps to another shape at the right or lower neighbour.
 
-    Within one shape depth is continuous: ground near the horizon changes quickly from row to row and yet
-    occludes nothing.
+    Within one shape depth is continuous: ground near the horizon changes quickly from row to row
+    and yet occludes nothing.
+
+    Args:
+        hits: what the pixels see.
+        threshold: the least jump of log depth.
+
+    Returns:
+        bool ``[height, width]``.
     """
     # Any finite depth is far from that of a miss.
     log_depth = np.log(np.where(np.isfinite(hits.depth), hits.depth, 1e9))
@@ -347,8 +412,7 @@ def occlusions(hits: Hits, threshold: float = 0.05) -> np.ndarray:
 def heat_map(
     points: np.ndarray, depth: np.ndarray, focal: float, slack: float, sigma: float
 ) -> np.ndarray:
-    """Gaussian bumps at the projections of visible points, the maximum where they meet, float ``[height,
-    width]`` in [0, 1].
+    """Draws Gaussian bumps at the projections of visible points, the maximum where they meet.
 
     Args:
         points: float ``[points, 3]``.
@@ -356,6 +420,9 @@ def heat_map(
         focal: in pixels.
         slack: metres that a point may lie behind the surface: joints are inside of limbs.
         sigma: standard deviation in pixels.
+
+    Returns:
+        float ``[height, width]`` in [0, 1].
     """
     height, width = depth.shape
     points = points[points[:, 2] > _NEAREST]

@@ -1,9 +1,9 @@
-"""Rendered rooms and outdoor figures with exact dense labels: they stand in for the two data sets of
-FMTL-Bench, arXiv 2402.12876.
+"""Rendered rooms and outdoor figures with exact dense labels.
 
-Domain A ("rooms") takes the place of NYUD-v2, domain B ("figures outdoors") that of PASCAL-Context, neither
-of which may be redistributed. Nothing is stored: an image follows from (seed, domain, split, index) alone,
-and the scene does not depend on the image size.
+They stand in for the two data sets of FMTL-Bench, arXiv 2402.12876. Domain A ("rooms") takes the
+place of NYUD-v2, domain B ("figures outdoors") that of PASCAL-Context, neither of which may be
+redistributed. Nothing is stored: an image follows from (seed, domain, split, index) alone, and the
+scene does not depend on the image size.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,15 @@ _NORMALS_OF_B = [
 
 
 class View(NamedTuple):
-    """A scene, the rays that look at it, what they hit, and the generator that drew it all so far."""
+    """What an image is made from.
+
+    Attributes:
+        scene: what there is to see.
+        rays: that look at it, float ``[height, width, 3]``.
+        focal: in pixels.
+        hits: what the rays hit.
+        rng: the generator that drew all so far.
+    """
 
     scene: Scene
     rays: np.ndarray
@@ -57,7 +65,10 @@ class View(NamedTuple):
 
 
 def look(domain: str, split: str, index: int, size: str | tuple[int, int], seed: int) -> View:
-    """The view before any label is degraded: tests read the true depth here."""
+    """Returns the view before any label is degraded: tests read the true depth here.
+
+    The arguments are those of :func:`render`.
+    """
     height, width = _image_size(domain, size)
     rng = np.random.default_rng([seed, _DOMAINS[domain], _SPLITS[split], index])
     scene = room_scene(rng) if domain == "A" else outdoor_scene(rng)
@@ -70,7 +81,7 @@ def look(domain: str, split: str, index: int, size: str | tuple[int, int], seed:
 def _image_size(domain: str, size: str | tuple[int, int]) -> tuple[int, int]:
     if isinstance(size, str) and size in SIZES:
         return SIZES[size][domain]
-    if np.shape(size) != (2,) or min(size) < 1:
+    if isinstance(size, str) or np.shape(size) != (2,) or min(size) < 1:
         raise ValueError(f"size is {size!r}; give one of {list(SIZES)} or a pair (height, width)")
     return int(size[0]), int(size[1])
 
@@ -92,14 +103,15 @@ def _image(view: View, noise: float) -> np.ndarray:
 
 
 def _per_pixel(view: View, values: list[int], missed: int = 0) -> np.ndarray:
-    """A property of the pieces for every pixel, ``missed`` where the sky is seen."""
+    """Returns a property of the pieces for every pixel, ``missed`` where the sky is seen."""
     # The index of a miss is -1 and so reads the last entry.
     return np.array([*values, missed])[view.hits.index]
 
 
 def _salient(instances: np.ndarray, first_object: int) -> np.ndarray:
-    """The object with the largest product of visible area and centrality, a Gaussian of its distance from
-    the middle of the image.
+    """Finds the object with the largest product of visible area and centrality.
+
+    Centrality is a Gaussian of its distance from the middle of the image.
     """
     height, width = instances.shape
     best, best_score = np.zeros_like(instances), 0.0
@@ -145,8 +157,8 @@ def _labels_of_outdoors(view: View) -> dict[str, np.ndarray]:
 
 def _extras(view: View, image: np.ndarray) -> dict[str, np.ndarray]:
     scene, rays, focal, hits, _ = view
-    points = [ray_casting.corners(piece.shape) for piece in scene.pieces]
-    points = np.concatenate([*points, scene.landmarks])
+    corners = [ray_casting.corners(piece.shape) for piece in scene.pieces]
+    points = np.concatenate([*corners, scene.landmarks])
     grey = image.mean(axis=-1) / 255
     sobel = [ndimage.sobel(grey, axis=axis, mode="nearest") / 4 for axis in (0, 1)]
     return {
@@ -167,27 +179,47 @@ def render(
     seed: int = 0,
     extras: bool = False,
 ) -> dict[str, np.ndarray]:
-    """One image and its labels, always the same for the same arguments.
+    """Renders one image and its labels, always the same for the same arguments.
+
+    Both domains have
+
+    * ``image``: 3 channels, RGB in 0..255;
+    * ``semseg``: 1 channel, class numbers of ``CLASSES``; in A about 5 % of the objects are 255,
+      unlabelled;
+    * ``normals``: 3 channels, unit, camera coordinates x right, y down, z forward, facing the
+      camera; zero where unknown;
+    * ``edge``: 1 channel, in {0, 1}.
+
+    A also has
+
+    * ``depth``: 1 channel, metres along z; 0 at about 2 % of the pixels, missing.
+
+    B also has
+
+    * ``human_parts``: 1 channel, numbers of ``PARTS``;
+    * ``sal``: 1 channel, in {0, 1}.
+
+    The extras are
+
+    * ``keypoints``: 1 channel, in [0, 1];
+    * ``edge_texture``: 1 channel, Sobel magnitude of the grey image in [0, 1] per pixel;
+    * ``edge_occlusion``: 1 channel, in {0, 1};
+    * ``reshading``: 1 channel, in [0, 1];
+    * ``curvature``: 2 channels, principal curvatures in 1/m;
+    * ``autoencode``: 3 channels, the image.
 
     Args:
         domain: ``A`` (rooms) or ``B`` (figures outdoors).
         split: ``train`` or ``test``.
         index: from 0; ``LENGTHS`` holds how many images a profile uses, more can be drawn.
-        size: ``tiny``, ``small`` or ``full`` (see ``SIZES``), or a pair (height, width). It changes the
-            resolution, not the scene.
+        size: ``tiny``, ``small`` or ``full`` (see ``SIZES``), or a pair (height, width). It changes
+            the resolution, not the scene.
         seed: of the whole data set.
         extras: adds the labels of ``EXTRAS``.
 
     Returns:
-        float32 arrays ``[height, width, channels]``. Both domains have ``image`` (3, RGB in 0..255),
-        ``semseg`` (1, class numbers of ``CLASSES``; in A about 5 % of the objects are 255, unlabelled),
-        ``normals`` (3, unit, camera coordinates x right, y down, z forward, facing the camera; zero where
-        unknown) and ``edge`` (1, in {0, 1}). A has ``depth`` (1, metres along z; 0 at about 2 % of the
-        pixels, missing). B has ``human_parts`` (1, numbers of ``PARTS``) and ``sal`` (1, in {0, 1}). Extras:
-        ``keypoints`` (1, in [0, 1]), ``edge_texture`` (1, Sobel magnitude of the grey image in [0, 1] per
-        pixel), ``edge_occlusion`` (1, in {0, 1}), ``reshading`` (1, in [0, 1]), ``curvature`` (2, principal
-        curvatures in 1/m) and ``autoencode`` (3, the image). ``meta`` is int64 ``[6]``: seed, domain, split
-        (their places in A, B and train, test), index, height, width.
+        float32 arrays ``[height, width, channels]``, and ``meta``, int64 ``[6]``: seed, domain,
+        split (their places in A, B and train, test), index, height, width.
 
     Raises:
         ValueError: an unknown domain, split or size, or a negative index.
@@ -214,8 +246,9 @@ def render(
 
 
 def preprocess(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Marks with 255 what losses and metrics are to ignore: zero normals, missing depth, human parts of an
-    image without any.
+    """Marks with 255 what losses and metrics are to ignore.
+
+    That is zero normals, missing depth, and the human parts of an image without any.
     """
     result = dict(sample)
     if "normals" in sample:
@@ -229,8 +262,9 @@ def preprocess(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def horizontal_flip(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The mirrored image and labels, before or after ``preprocess``: the x-component of known normals
-    changes its sign.
+    """Mirrors image and labels, before or after ``preprocess``.
+
+    The x-component of known normals changes its sign.
     """
     result = {
         name: values[:, ::-1].copy() if values.ndim == 3 else values

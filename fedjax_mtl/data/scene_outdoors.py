@@ -20,15 +20,16 @@ _PERSONS = 0.42
 
 
 def _limb(angle: float, spread: float, length: float) -> np.ndarray:
-    """Offset (right, up, forward) along a hanging limb: ``angle`` swings it forward, ``spread`` to the
-    right.
+    """Returns the offset (right, up, forward) along a hanging limb.
+
+    ``angle`` swings it forward, ``spread`` to the right.
     """
     return length * np.array(
         [np.sin(spread), -np.cos(spread) * np.cos(angle), np.cos(spread) * np.sin(angle)]
     )
 
 
-def _person(rng, place):
+def _person(rng: np.random.Generator, place: Place) -> list[Piece]:
     tall = rng.uniform(0.9, 1.1)
     skin = paint_near(rng, (236, 176, 140), contrast=0.05, grain=0.04, jitter=0.06)
     shirt = paint_near(rng, (214, 40, 70), scale=0.15, contrast=0.2, grain=0.05)
@@ -53,17 +54,17 @@ def _person(rng, place):
     lowest = min(min(start[1], end[1]) - radius for start, end, radius, _, _ in limbs)
     pieces = []
     for start, end, radius, paint, part in limbs:
-        ends = [
+        first, last = (
             point_at(place, *tall * (point - np.array([0, lowest, 0]))) for point in (start, end)
-        ]
-        pieces.append(Piece(Capsule(*ends, tall * radius), paint, part=part))
+        )
+        pieces.append(Piece(Capsule(first, last, tall * radius), paint, part=part))
     return pieces
 
 
-def _animal(rng, place):
+def _animal(rng: np.random.Generator, place: Place) -> list[Piece]:
     size, half = rng.uniform((0.8, 0.3), (1.25, 0.42))
     fur = paint_near(rng, (150, 92, 40), scale=0.2, stripes=(1, 0, 0), contrast=0.4, grain=0.1)
-    limbs = [
+    limbs: list[tuple[tuple[float, ...], tuple[float, ...], float]] = [
         ((-half, 0.6, 0), (half, 0.6, 0), 0.19),
         ((half, 0.68, 0), (half + 0.2, 0.9, 0), 0.11),
         ((half + 0.2, 0.9, 0), (half + 0.36, 0.86, 0), 0.11),
@@ -85,19 +86,19 @@ def _animal(rng, place):
     return [Piece(shape, fur) for shape in shapes]
 
 
-def _outdoor_ball(rng, place):
+def _outdoor_ball(rng: np.random.Generator, place: Place) -> list[Piece]:
     radius = rng.uniform(0.25, 0.45)
     colours = paint_near(rng, (245, 210, 30), scale=0.4, contrast=0.4, grain=0.03)
     return [Piece(Sphere(point_at(place, 0, radius, 0), radius), colours)]
 
 
-def _crate(rng, place):
+def _crate(rng: np.random.Generator, place: Place) -> list[Piece]:
     half = rng.uniform(0.3, 0.5)
     wood = paint_near(rng, (236, 128, 40), scale=0.2, stripes=(0, 1, 0), contrast=0.3, grain=0.06)
     return [Piece(block_at(place, (-half, 0, -half), (half, 2 * half, half)), wood)]
 
 
-def _tree(rng, place):
+def _tree(rng: np.random.Generator, place: Place) -> list[Piece]:
     trunk, crown = rng.uniform((0.9, 0.7), (1.5, 1.1))
     bark = paint_near(rng, (96, 60, 36), scale=0.1, stripes=(0, 1, 0), contrast=0.2, grain=0.15)
     leaves = paint_near(rng, (14, 96, 34), scale=0.35, contrast=0.35, grain=0.25)
@@ -108,7 +109,7 @@ def _tree(rng, place):
     ]
 
 
-def _car(rng, place):
+def _car(rng: np.random.Generator, place: Place) -> list[Piece]:
     half = rng.uniform(1.1, 1.5)
     metal = paint_near(rng, (30, 120, 226), contrast=0.04, grain=0.02)
     glass = paint_near(rng, (20, 54, 84), contrast=0.04, grain=0.02)
@@ -117,7 +118,7 @@ def _car(rng, place):
     return [Piece(body, metal), Piece(cabin, glass)]
 
 
-def _pole(rng, place):
+def _pole(rng: np.random.Generator, place: Place) -> list[Piece]:
     height, radius = rng.uniform((2.2, 0.09), (3.2, 0.14))
     rings = paint_near(
         rng, (190, 190, 200), scale=0.6, stripes=(0, 1, 0), contrast=0.45, grain=0.03
@@ -137,9 +138,12 @@ _OUTDOORS: dict[str, tuple[Builder, float, float]] = {
 }
 
 
-def _stand(rng, eye: float, nearest: float, farthest: float, taken: list[np.ndarray]) -> Place:
-    """A place in view that does not hide, and is not hidden by, the objects so far, if some tries find
-    one.
+def _stand(
+    rng: np.random.Generator, eye: float, nearest: float, farthest: float, taken: list[np.ndarray]
+) -> Place:
+    """Finds a place in view that does not hide, and is not hidden by, the objects so far.
+
+    If no try finds one, it is the best of them.
     """
     best, best_gap = np.zeros(3), -np.inf
     for _ in range(10):
@@ -154,12 +158,13 @@ def _stand(rng, eye: float, nearest: float, farthest: float, taken: list[np.ndar
 
 
 def outdoor_scene(rng: np.random.Generator) -> Scene:
+    """Draws a scene outdoors: figures and objects on grass under a sky."""
     eye = rng.uniform(1.2, 1.8)
     grass = paint_near(rng, (112, 176, 60), scale=0.5, contrast=0.2, grain=0.12, jitter=0.15)
     pieces = [Piece(Plane(np.array([0.0, 1, 0]), eye), grass, instance=1)]
     others = [name for name in _OUTDOORS if name != "person"]
     # A person comes first, so that it finds a place in the open.
-    count = rng.integers(1, 5)
+    count = int(rng.integers(1, 5))
     names = list(rng.permutation(others)[:count])
     if rng.random() < _PERSONS:
         persons = min(count, 1 + (rng.random() < 0.25))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fedjax_mtl.data import ray_casting
 from fedjax_mtl.data.ray_casting import Box, Light, Paint, Shape
@@ -20,8 +21,14 @@ PARTS = ("background", "head", "torso", "upper arms", "lower arms", "upper legs"
 
 
 class Piece(NamedTuple):
-    """One shape of an object. ``instance`` numbers the objects, ``label`` is the class or 255, ``part`` the
-    human part or 0.
+    """One shape of an object.
+
+    Attributes:
+        shape: in camera coordinates.
+        paint: how it looks.
+        instance: the number of its object.
+        label: the class, or 255.
+        part: the human part, or 0.
     """
 
     shape: Shape
@@ -54,10 +61,27 @@ Builder = Callable[[np.random.Generator, Place], list[Piece]]
 
 
 def paint_near(
-    rng, colour, *, scale=1.0, contrast=0.1, stripes=None, grain=0.0, glow=0.0, jitter=0.1
+    rng: np.random.Generator,
+    colour: ArrayLike,
+    *,
+    scale: float = 1.0,
+    contrast: float = 0.1,
+    stripes: ArrayLike | None = None,
+    grain: float = 0.0,
+    glow: float = 0.0,
+    jitter: float = 0.1,
 ) -> Paint:
-    """Paint near a colour. ``scale`` is the texture's wavelength in metres; ``stripes`` the direction across
-    stripes.
+    """Draws a paint near a colour.
+
+    Args:
+        rng: the source of randomness.
+        colour: RGB in 0..255.
+        scale: the texture's wavelength in metres.
+        contrast: relative strength of the texture.
+        stripes: the direction across stripes, ``[3]``; None for no stripes.
+        grain: relative strength of white noise.
+        glow: lower bound of the light that the shape reflects.
+        jitter: how far the colour may be from ``colour``, relatively.
     """
     shift = rng.uniform(1 - jitter, 1 + jitter) * rng.uniform(1 - jitter, 1 + jitter, 3)
     waves = rng.standard_normal((2, 3))
@@ -70,32 +94,40 @@ def paint_near(
 
 
 def about_down(angle: float) -> np.ndarray:
+    """Returns the rotation by ``angle`` about the downward axis, ``[3, 3]``."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
 
 
 def about_right(angle: float) -> np.ndarray:
-    """Takes a level world into the view of a camera that looks down by ``angle``."""
+    """Returns the rotation that takes a level world into the view of a camera, ``[3, 3]``.
+
+    The camera looks down by ``angle``.
+    """
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
 
 
 def point_at(place: Place, right: float, up: float, forward: float) -> np.ndarray:
-    """World coordinates of a point given in the frame of an object that stands at ``place``, a point and a
-    heading.
+    """Returns world coordinates of a point given in the frame of an object.
+
+    The object stands at ``place``, a point and a heading.
     """
     return place[0] + about_down(place[1]) @ np.array([right, -up, forward])
 
 
-def block_at(place: Place, low: tuple, high: tuple) -> Box:
-    """The box between two points given as (right, up, forward) in the frame of an object."""
-    low, high = np.array(low), np.array(high)
-    half = (high - low) / 2
-    return Box(point_at(place, *(low + high) / 2), about_down(place[1]).T, half)
+def block_at(place: Place, low: ArrayLike, high: ArrayLike) -> Box:
+    """Returns the box between two points in the frame of an object.
+
+    The points are given as (right, up, forward).
+    """
+    first, last = np.array(low), np.array(high)
+    half = (last - first) / 2
+    return Box(point_at(place, *(first + last) / 2), about_down(place[1]).T, half)
 
 
 def turn_scene(scene: Scene, rotation: np.ndarray) -> Scene:
-    """The scene as seen by a camera turned by the inverse rotation."""
+    """Returns the scene as seen by a camera turned by the inverse rotation."""
     pieces = []
     for piece in scene.pieces:
         paint = piece.paint._replace(waves=piece.paint.waves @ rotation.T)

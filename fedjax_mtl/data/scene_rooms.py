@@ -26,8 +26,14 @@ _COUNTS = (0.45, 0.27, 0.14, 0.08, 0.06)
 
 
 class _Room(NamedTuple):
-    """Walls at ``low`` and ``high`` in x and z, ``floor`` and ``ceiling`` in y, around the camera; ``yaw``
-    is where it looks.
+    """Walls, floor and ceiling around the camera.
+
+    Attributes:
+        low: where the walls are in x and z, on the negative side.
+        high: where they are on the positive side.
+        floor: in y.
+        ceiling: in y.
+        yaw: where the camera looks.
     """
 
     low: np.ndarray
@@ -37,13 +43,13 @@ class _Room(NamedTuple):
     yaw: float
 
 
-def _cabinet(rng, place):
+def _cabinet(rng: np.random.Generator, place: Place) -> list[Piece]:
     width, height, depth = rng.uniform((0.6, 0.9, 0.35), (1.2, 1.9, 0.5))
     wood = paint_near(rng, (104, 66, 40), scale=0.3, stripes=(0, 1, 0), contrast=0.18)
     return [Piece(block_at(place, (-width / 2, 0, -depth), (width / 2, height, 0)), wood)]
 
 
-def _table(rng, place):
+def _table(rng: np.random.Generator, place: Place) -> list[Piece]:
     width, height, depth = rng.uniform((0.45, 0.65, 0.35), (0.75, 0.8, 0.5))
     wood = paint_near(rng, (198, 138, 62), scale=0.25, stripes=(1, 0, 0), contrast=0.12)
     top = block_at(place, (-width, height - 0.07, -depth), (width, height, depth))
@@ -55,7 +61,7 @@ def _table(rng, place):
     return [Piece(shape, wood) for shape in [top, *legs]]
 
 
-def _sofa(rng, place):
+def _sofa(rng: np.random.Generator, place: Place) -> list[Piece]:
     width, depth = rng.uniform((0.7, 0.7), (1.0, 0.85))
     cloth = paint_near(rng, (124, 74, 96), scale=0.5, contrast=0.12)
     arms = [(-width, 0.16 - width), (width - 0.16, width)]
@@ -67,13 +73,13 @@ def _sofa(rng, place):
     return [Piece(box, cloth) for box in boxes]
 
 
-def _indoor_ball(rng, place):
+def _indoor_ball(rng: np.random.Generator, place: Place) -> list[Piece]:
     radius = rng.uniform(0.22, 0.36)
     red = paint_near(rng, (186, 72, 48), scale=0.4, contrast=0.2)
     return [Piece(Sphere(point_at(place, 0, radius, 0), radius), red)]
 
 
-def _lamp(rng, place):
+def _lamp(rng: np.random.Generator, place: Place) -> list[Piece]:
     height, radius = rng.uniform((1.2, 0.16), (1.6, 0.24))
     bulb = paint_near(rng, (255, 240, 176), contrast=0.02, glow=1.0, jitter=0.03)
     metal = paint_near(rng, (120, 112, 90))
@@ -81,13 +87,13 @@ def _lamp(rng, place):
     return [Piece(Sphere(point_at(place, 0, height, 0), radius), bulb), Piece(stand, metal)]
 
 
-def _bin(rng, place):
+def _bin(rng: np.random.Generator, place: Place) -> list[Piece]:
     radius, height = rng.uniform((0.2, 0.45), (0.28, 0.65))
     metal = paint_near(rng, (84, 100, 112), scale=0.1, stripes=(0, 1, 0), contrast=0.15)
     return [Piece(Cylinder(point_at(place, 0, 0, 0), point_at(place, 0, height, 0), radius), metal)]
 
 
-def _picture(rng, place):
+def _picture(rng: np.random.Generator, place: Place) -> list[Piece]:
     width, height, up = rng.uniform((0.3, 0.25, 1.3), (0.55, 0.4, 1.7))
     frame = paint_near(rng, (58, 42, 30))
     canvas = paint_near(rng, (76, 122, 92), scale=0.4, contrast=0.35)
@@ -98,7 +104,7 @@ def _picture(rng, place):
     return [Piece(outer, frame), Piece(inner, canvas)]
 
 
-def _window(rng, place):
+def _window(rng: np.random.Generator, place: Place) -> list[Piece]:
     width, height, up = rng.uniform((0.4, 0.45, 1.35), (0.65, 0.6, 1.6))
     glass = paint_near(rng, (172, 210, 240), scale=2.0, contrast=0.06, glow=1.0, jitter=0.04)
     bar = paint_near(rng, (240, 240, 236), contrast=0.02, jitter=0.03)
@@ -108,7 +114,7 @@ def _window(rng, place):
     return [Piece(pane, glass), Piece(upright, bar), Piece(level, bar)]
 
 
-def _cushion(rng, place):
+def _cushion(rng: np.random.Generator, place: Place) -> list[Piece]:
     half, radius = rng.uniform((0.2, 0.17), (0.32, 0.22))
     cloth = paint_near(rng, (206, 176, 66), scale=0.12, stripes=(0.7, 0, 0.7), contrast=0.2)
     return [
@@ -120,14 +126,21 @@ def _cushion(rng, place):
 
 
 _ON_FLOOR: dict[str, Builder] = {
-    "table": _table, "sofa": _sofa, "ball": _indoor_ball, "lamp": _lamp, "bin": _bin, "cushion": _cushion,
-}  # fmt: skip
+    "table": _table,
+    "sofa": _sofa,
+    "ball": _indoor_ball,
+    "lamp": _lamp,
+    "bin": _bin,
+    "cushion": _cushion,
+}
 _ON_WALL: dict[str, Builder] = {"cabinet": _cabinet, "picture": _picture, "window": _window}
 
 
 def _to_wall(room: _Room, angle: float) -> tuple[float, Place]:
-    """Distance from the camera to the wall in a horizontal direction, and the place there: floor point and
-    heading away from the camera.
+    """Returns the distance from the camera to the wall in a direction, and the place there.
+
+    The direction is horizontal. The place is the point on the floor, and a heading away from the
+    camera.
     """
     direction = np.array([np.sin(angle), 0, np.cos(angle)])
     sides = np.where(direction > 0, room.high, room.low)
@@ -141,11 +154,15 @@ def _to_wall(room: _Room, angle: float) -> tuple[float, Place]:
     return float(reach[axis]), (point + np.array([0, room.floor, 0]), heading)
 
 
-def _find_place(rng, room: _Room, taken: list[np.ndarray], on_wall: bool) -> Place:
-    """A place in view, away from the camera and, if there is room within some tries, from the objects so
-    far.
+def _find_place(
+    rng: np.random.Generator, room: _Room, taken: list[np.ndarray], on_wall: bool
+) -> Place:
+    """Finds a place in view, away from the camera.
+
+    If there is room within some tries, it is also away from the objects so far.
     """
-    best, best_gap = None, -np.inf
+    best: Place = (np.zeros(3), 0.0)
+    best_gap = -np.inf
     for _ in range(40):
         angle = room.yaw + rng.uniform(-0.43, 0.43)
         reach, place = _to_wall(room, angle)
@@ -156,7 +173,7 @@ def _find_place(rng, room: _Room, taken: list[np.ndarray], on_wall: bool) -> Pla
                 [0, room.floor, 0]
             )
             place = (point, angle + rng.uniform(-0.6, 0.6))
-        gap = min((np.linalg.norm(place[0] - other) for other in taken), default=np.inf)
+        gap = min((float(np.linalg.norm(place[0] - other)) for other in taken), default=np.inf)
         # A place against a wall too close fills the view: it is the last resort.
         gap = gap if fits else reach - 10
         if gap > best_gap:
@@ -166,8 +183,8 @@ def _find_place(rng, room: _Room, taken: list[np.ndarray], on_wall: bool) -> Pla
     return best
 
 
-def _shell(rng, room: _Room) -> list[Piece]:
-    """Floor, ceiling and four walls; each wall is an instance of its own."""
+def _shell(rng: np.random.Generator, room: _Room) -> list[Piece]:
+    """Returns floor, ceiling and four walls; each wall is an instance of its own."""
     tint = rng.uniform(0.9, 1.08, 3)
     floor = paint_near(rng, (148, 112, 84), scale=0.35, stripes=(1, 0, 0), contrast=0.1)
     ceiling = paint_near(rng, (240, 236, 226), scale=3.0, contrast=0.02, jitter=0.02)
@@ -187,6 +204,7 @@ def _shell(rng, room: _Room) -> list[Piece]:
 
 
 def room_scene(rng: np.random.Generator) -> Scene:
+    """Draws a furnished room."""
     width, height, length = rng.uniform((3, 2.4, 3), (6, 3, 7))
     eye = rng.uniform(1.2, 1.6)
     left, behind = rng.uniform(1.1, width - 1.1), rng.uniform(0.15, 0.5)

@@ -1,8 +1,9 @@
-"""The rendered scenes as TFDS data sets: made once, by rendering, and read back from ``array_record`` files.
+"""The rendered scenes as TFDS data sets: rendered once, and read back from ``array_record`` files.
 
     python -m fedjax_mtl.data.scenes --size=small --profile=small --data_dir=DIR
 
-Nothing is downloaded: the scenes are a function of domain, split, index, size and seed (see :mod:`fedjax_mtl.data.rendered`), so a set that is not there is made on first use.
+Nothing is downloaded: the scenes are a function of domain, split, index, size and seed (see
+:mod:`fedjax_mtl.data.rendered`), so a set that is not there is made on first use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ VERSION = "1.0.0"
 
 
 def set_name(domain: str, size: str, profile: str, seed: int, extras: bool) -> str:
-    """The name of a set on disk."""
+    """Returns the name of a set on disk."""
     return f"rendered_{domain.lower()}_{size}_{profile}_{seed}{'_extras' if extras else ''}"
 
 
 @functools.cache
 def _builder_class(domain: str, size: str, profile: str, seed: int, extras: bool) -> type[Any]:
-    """The TFDS builder of one set."""
+    """Returns the TFDS builder of one set."""
     import tensorflow_datasets as tfds
 
-    def sample(split, index):
+    def sample(split: str, index: int) -> dict[str, np.ndarray]:
         made = rendered.preprocess(rendered.render(domain, split, index, size, seed, extras))
         return {
             name: np.asarray(value, np.float32) for name, value in made.items() if name != "meta"
@@ -65,7 +66,7 @@ def _builder_class(domain: str, size: str, profile: str, seed: int, extras: bool
                 del dl_manager
                 return {split: self._generate_examples(split) for split in ("train", "test")}
 
-            def _generate_examples(self, split: str):
+            def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
                 for index in range(rendered.LENGTHS[profile][domain][split]):
                     yield index, sample(split, index)
 
@@ -81,15 +82,20 @@ def load_scenes(
     extras: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The scenes of a domain, ``{"train", "test"}`` of ``{"image", <labels>}``; leaves float32 ``[images, h, w, channels]``.
-
-    Images are 0..255; labels hold 255 where they are to be ignored. Made and cached where they are not yet.
+    """Loads the scenes of a domain; they are made and cached where they are not yet.
 
     Args:
         domain: ``A``, rooms, or ``B``, figures outdoors.
-        size: ``tiny`` (32 x 32), ``small`` (64 x 64) or ``full``. profile: how many images, ``tiny``, ``small`` or ``full`` (as large as the real sets).
-        seed: of the whole set. extras: the Taskonomy-like labels too.
+        size: ``tiny`` (32 x 32), ``small`` (64 x 64) or ``full``.
+        profile: how many images, ``tiny``, ``small`` or ``full`` (as many as the real sets have).
+        seed: of the whole set.
+        extras: the Taskonomy-like labels too.
         data_dir: the TFDS data directory; default as in TFDS.
+
+    Returns:
+        ``{"train", "test"}`` of ``{"image", <labels>}``, leaves float32
+        ``[images, h, w, channels]``. Images are 0..255; labels hold 255 where they are to be
+        ignored.
 
     Raises:
         ValueError: an unknown domain, size or profile.
@@ -101,7 +107,8 @@ def load_scenes(
     ):
         if value not in known:
             raise ValueError(
-                f"unknown {what} {value!r} of rendered scenes; expected one of {', '.join(sorted(known))}"
+                f"unknown {what} {value!r} of rendered scenes; expected one of "
+                f"{', '.join(sorted(known))}"
             )
     builder = _builder_class(domain, size, profile, seed, extras)(
         data_dir=os.fspath(data_root(data_dir)), file_format=FORMAT
@@ -118,7 +125,7 @@ def load_scenes(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: makes the sets of both domains."""
+    """Makes the sets of both domains: the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fedjax_mtl.data.scenes", description="Render the scenes."
     )
@@ -142,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             domain, arguments.size, arguments.profile, arguments.seed, False
         )
         print(
-            f"domain {domain}: {len(made['train']['image'])} + {len(made['test']['image'])} images in {folder}"
+            f"domain {domain}: {len(made['train']['image'])} + {len(made['test']['image'])} images "
+            f"in {folder}"
         )
     return 0
 

@@ -117,42 +117,56 @@ def load_shakespeare(
             f"max_windows_per_client must be at least 1, got {max_windows_per_client}."
         )
 
-    names: list[str] = []
-    parts: list[tuple[np.ndarray, np.ndarray]] = []  # codes of the training and test text
-    for name, lines in read_roles(path).items():
-        num_lines = len(lines)
-        if num_lines <= 2:
-            continue
-        num_train = num_lines - max(1, num_lines // 5)
-        train, test = encode(" ".join(lines[:num_train])), encode(" ".join(lines[num_train:]))
-        if len(train) > WINDOW:
-            names.append(name)
-            parts.append((train, test))
-    if not names:
+    texts = _role_texts(path)
+    if not texts:
         raise ValueError(
             f"{os.fspath(path)}: no role has more than {WINDOW} characters to train on; expected "
             f"the complete works, {_SOURCE}."
         )
 
     counts = np.array(
-        [_num_windows(len(train), len(test), stride, max_windows_per_client)
-         for train, test in parts],
+        [
+            _num_windows(len(train), len(test), stride, max_windows_per_client)
+            for train, test in texts.values()
+        ],
         np.int64,
-    )  # fmt: skip
+    )
+    parts = [part for pair in texts.values() for part in pair]
+    windows = _cut_windows(parts, counts.ravel(), stride)
+    return RoleWindows(
+        inputs=windows[:, :-1],
+        labels=windows[:, 1:],
+        client=np.repeat(np.arange(len(texts), dtype=np.int32), counts.sum(axis=1)),
+        is_test=np.repeat(np.tile([False, True], len(texts)), counts.ravel()),
+        names=list(texts),
+    )
+
+
+def _role_texts(path: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the codes of training and test text of every role that is long enough."""
+    texts = {}
+    for name, lines in read_roles(path).items():
+        num_lines = len(lines)
+        if num_lines <= 2:
+            continue
+        num_train = num_lines - max(1, num_lines // 5)
+        train = encode_text(" ".join(lines[:num_train]))
+        test = encode_text(" ".join(lines[num_train:]))
+        if len(train) > WINDOW:
+            texts[name] = train, test
+    return texts
+
+
+def _cut_windows(parts: list[np.ndarray], counts: np.ndarray, stride: int) -> np.ndarray:
+    """Cuts the first windows of each part, as many as ``counts`` says, uint8 [num, 81]."""
     windows = np.empty((counts.sum(), WINDOW + 1), np.uint8)
     start = 0
-    for codes, count in zip((part for pair in parts for part in pair), counts.flat, strict=True):
+    for codes, count in zip(parts, counts, strict=True):
         if count:
             view = np.lib.stride_tricks.sliding_window_view(codes, WINDOW + 1)
             windows[start : start + count] = view[::stride][:count]
             start += count
-    return RoleWindows(
-        inputs=windows[:, :-1],
-        labels=windows[:, 1:],
-        client=np.repeat(np.arange(len(names), dtype=np.int32), counts.sum(axis=1)),
-        is_test=np.repeat(np.tile([False, True], len(names)), counts.ravel()),
-        names=names,
-    )
+    return windows
 
 
 def read_roles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
@@ -174,54 +188,11 @@ def read_roles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         ValueError: where the file holds no play.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no file {path}. Expected the complete works of Shakespeare as one text "
-            f"file, {_SOURCE}; nothing is downloaded by itself."
-        )
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-
-    plays: list[tuple[str, dict[str, list[str]]]] = []
-    lines = [_to_vocabulary(line) for line in text.splitlines()]
-    role: str | None = None
-    for number, line in enumerate(lines):
-        if line.strip().lower().startswith("by william shakespeare"):
-            plays.append((_title_above(lines, number, path), {}))
-            role = None
-            continue
-        if not plays:
-            continue
-        if _END.match(line):
-            break
-        title, roles = plays[-1]
-        flush = title.upper() == _FLUSH_PLAY
-        speech = (_SPEECH_FLUSH if flush else _SPEECH).match(line)
-        if speech:
-            role = speech[1].upper()
-            if flush and role.startswith("ACT "):
-                role = None
-                continue
-            spoken = speech[2]
-        elif flush:
-            if line.startswith("<") or line.strip() == "THE END":
-                role = None
-            spoken = line
-        else:
-            more = _MORE.match(line)
-            spoken = more[1] if more else ""
-        if role is not None:
-            # A role is listed from its first line on, be that line empty or not.
-            said = roles.setdefault(role, [])
-            spoken = re.sub(" {2,}", " ", spoken.strip())
-            if spoken:
-                said.append(spoken)
-
+    lines = [_to_vocabulary(line) for line in _read_text(path).splitlines()]
     plays = [
-        (title, roles) for title, roles in plays if len(roles) >= 2 and title.upper() not in _POEMS
+        (title, roles)
+        for title, roles in _read_plays(lines, path)
+        if len(roles) >= 2 and title.upper() not in _POEMS
     ]
     if not plays:
         raise ValueError(
@@ -236,7 +207,65 @@ def read_roles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     return named
 
 
-def encode(text: str) -> np.ndarray:
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {path}. Expected the complete works of Shakespeare as one text "
+            f"file, {_SOURCE}; nothing is downloaded by itself."
+        )
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _read_plays(lines: list[str], path: Path) -> list[tuple[str, dict[str, list[str]]]]:
+    """Returns the title of every work and what its roles say, in the order of the text."""
+    plays: list[tuple[str, dict[str, list[str]]]] = []
+    role: str | None = None
+    for number, line in enumerate(lines):
+        if line.strip().lower().startswith("by william shakespeare"):
+            plays.append((_title_above(lines, number, path), {}))
+            role = None
+            continue
+        if not plays:
+            continue
+        if _END.match(line):
+            break
+        title, roles = plays[-1]
+        read = _read_flush_line if title.upper() == _FLUSH_PLAY else _read_line
+        role, spoken = read(line, role)
+        if role is not None:
+            # A role is listed from its first line on, be that line empty or not.
+            said = roles.setdefault(role, [])
+            spoken = re.sub(" {2,}", " ", spoken.strip())
+            if spoken:
+                said.append(spoken)
+    return plays
+
+
+def _read_line(line: str, role: str | None) -> tuple[str | None, str]:
+    """Returns who speaks in a line, and what; ``role`` spoke in the line before."""
+    speech = _SPEECH.match(line)
+    if speech:
+        return speech[1].upper(), speech[2]
+    more = _MORE.match(line)
+    return role, more[1] if more else ""
+
+
+def _read_flush_line(line: str, role: str | None) -> tuple[str | None, str]:
+    """Does what `_read_line` does, in the play without indentation."""
+    speech = _SPEECH_FLUSH.match(line)
+    if speech:
+        name = speech[1].upper()
+        return (None, "") if name.startswith("ACT ") else (name, speech[2])
+    if line.startswith("<") or line.strip() == "THE END":
+        return None, ""
+    return role, line
+
+
+def encode_text(text: str) -> np.ndarray:
     """Character codes of a text, uint8 [len(text)].
 
     Raises:
@@ -250,8 +279,8 @@ def encode(text: str) -> np.ndarray:
     return codes
 
 
-def decode(codes: np.ndarray) -> str:
-    """The text of character codes, an integer array [length]; the inverse of `encode`."""
+def decode_text(codes: np.ndarray) -> str:
+    """The text of character codes, an integer array [length]; the inverse of `encode_text`."""
     return "".join(CHARACTERS[code] for code in np.asarray(codes).tolist())
 
 

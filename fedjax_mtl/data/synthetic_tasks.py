@@ -1,20 +1,12 @@
-"""Synthetic clients with tasks of their own: regressions of different scale, and tasks that partly conflict."""
+"""Synthetic clients with tasks of their own: regressions of different scale, and conflicts."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fedjax_mtl.core.federation import Federation, Splits, make_federation
-
-
-class PopulationSplits(NamedTuple):
-    """:class:`Splits` of a heterogeneous population; every field by group."""
-
-    train: dict[str, Federation]
-    test: dict[str, Federation]
-    unseen_train: None = None
-    unseen_test: None = None
+from fedjax_mtl.data.problem import PopulationSplits
 
 
 def _rows(sizes: Sequence[int]) -> list[np.ndarray]:
@@ -31,14 +23,22 @@ def scaled_tasks(
     targets: int = 8,
     seed: int = 0,
 ) -> Splits:
-    """Related regressions whose labels differ in scale, after GradNorm's toy problem (Chen et al., arXiv 1711.02257, section 4).
+    """Draws related regressions whose labels differ in scale.
 
-    Task i is ``y = scale_i tanh(0.5 (B + E_i) x)`` in ``targets`` dimensions, x standard normal; B (shared) and E_i (own) have variances 10 and 3.5 over the number of features.
-    Client ``l * tasks + i`` has task i in cluster l. Labels are ``{"target", "variance"}``, the variance that of the task's test labels.
+    They follow GradNorm's toy problem (Chen et al., arXiv 1711.02257, section 4). Task i is
+    ``y = scale_i tanh(0.5 (B + E_i) x)`` in ``targets`` dimensions, with x standard normal; B
+    (shared) and E_i (own) have variances 10 and 3.5 over the number of features. Client
+    ``l * tasks + i`` has task i in cluster l. Labels are ``{"target", "variance"}``, where the
+    variance is that of the task's test labels.
 
     Args:
-        scales: one a task. num_clusters: repetitions of all tasks with data of their own.
-        num_train: examples a client, or one number a task. num_test: examples a client.
+        scales: one a task.
+        num_clusters: repetitions of all tasks with data of their own.
+        num_train: training examples of a client, or one number for each task.
+        num_test: test examples of a client.
+        features: values of an input.
+        targets: values of a label.
+        seed: of the draw.
 
     Raises:
         ValueError: a scale that is 0, or the wrong number of sizes.
@@ -51,7 +51,9 @@ def scaled_tasks(
     rng = np.random.default_rng(seed)
     common = rng.normal(0, np.sqrt(10.0 / features), (targets, features))
     own = rng.normal(0, np.sqrt(3.5 / features), (len(scales), targets, features))
-    inputs, target, variance, train_sizes, test_sizes = [], [], [], [], []
+    inputs, target, variance = [], [], []
+    train_sizes: list[int] = []
+    test_sizes: list[int] = []
     for part in ("train", "test"):
         for _ in range(num_clusters):
             for task, scale in enumerate(scales):
@@ -87,20 +89,34 @@ def conflicting_tasks(
     overlap: float = 0.2,
     seed: int = 0,
 ) -> PopulationSplits:
-    """Tasks for one unified model that partly conflict: groups ``regression`` and ``classification``, one client a task.
+    """Draws tasks for one unified model that partly conflict, one client a task.
 
-    ``u = tanh(1.5 M_i x)`` with ``M_i = overlap B + (1 - overlap) E_i``, ``t = 2 u Q_i``; even tasks regress t, odd ones classify its largest entry. Inputs are
-    ``{"features", "head"}`` (head = task), labels of regression ``{"target", "variance"}``.
+    The groups are ``regression`` and ``classification``. ``u = tanh(1.5 M_i x)`` with
+    ``M_i = overlap B + (1 - overlap) E_i``, and ``t = 2 u Q_i``; even tasks regress t, odd ones
+    classify its largest entry. Inputs are ``{"features", "head"}`` (head = task), labels of
+    regression are ``{"target", "variance"}``.
+
+    Args:
+        num_tasks: at least 2, one of each kind.
+        num_train: training examples of a client.
+        num_test: test examples of a client.
+        features: values of an input.
+        outputs: values of t, and classes.
+        overlap: the share of B in M_i.
+        seed: of the draw.
+
+    Raises:
+        ValueError: fewer than 2 tasks.
     """
     if num_tasks < 2:
         raise ValueError(f"num_tasks is {num_tasks}; give at least 2, one of each kind")
     rng = np.random.default_rng(seed)
 
-    def matrix(*shape, fan):
+    def matrix(*shape: int, fan: int) -> np.ndarray:
         return rng.normal(0, 1 / np.sqrt(fan), shape)
 
     common = matrix(outputs, features, fan=features)
-    made: dict[str, list] = {"regression": [], "classification": []}
+    made: dict[str, list[Any]] = {"regression": [], "classification": []}
     for task in range(num_tasks):
         mixing = overlap * common + (1 - overlap) * matrix(outputs, features, fan=features)
         rotation = matrix(outputs, outputs, fan=outputs)
@@ -113,9 +129,12 @@ def conflicting_tasks(
     )
 
 
-def _conflicting_group(name: str, clients: list, num_train: int) -> tuple[Federation, Federation]:
+def _conflicting_group(
+    name: str, clients: list[Any], num_train: int
+) -> tuple[Federation, Federation]:
     heads = np.concatenate([np.full(len(x), task, np.int32) for task, x, _ in clients])
     features = np.concatenate([x for _, x, _ in clients]).astype(np.float32)
+    labels: Any
     if name == "classification":
         labels = np.concatenate([t.argmax(1) for _, _, t in clients]).astype(np.int32)
     else:

@@ -1,6 +1,7 @@
-"""Multi-task data in one table: School, Landmine, Human Activity, from files the user has; and synthetic related tasks.
+"""Multi-task data in one table: School, Landmine, Human Activity, and synthetic related tasks.
 
-A task is a client. Splits are random inside each task, as in MOCHA's experiments (arXiv 1705.10467, section 5).
+The real ones come from files the user has. A task is a client. Splits are random inside each task,
+as in MOCHA's experiments (arXiv 1705.10467, section 5).
 """
 
 import pathlib
@@ -15,14 +16,20 @@ Path = str | pathlib.Path
 
 
 class TaskTable(NamedTuple):
-    """Examples of all tasks: ``inputs [n, features]``, ``labels [n]``, and the rows of each task."""
+    """Examples of all tasks.
+
+    Attributes:
+        inputs: ``[n, features]``.
+        labels: ``[n]``.
+        rows: the rows of each task.
+    """
 
     inputs: np.ndarray
     labels: np.ndarray
     rows: list[np.ndarray]
 
 
-def _table(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> TaskTable:
+def _table(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int] | np.ndarray) -> TaskTable:
     ends = np.cumsum(sizes)
     return TaskTable(
         np.asarray(inputs, float),
@@ -34,16 +41,20 @@ def _table(inputs: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> Task
 def load_task_table(path: Path) -> TaskTable:
     """Reads tasks from a file.
 
-    ``.npz``: arrays ``X [n, features]``, ``y [n]`` and ``task_sizes [tasks]``, tasks one after the other. ``.mat``: cells of one matrix a task, ``X`` and ``Y`` (School, as MALSAR ships it) or ``feature`` and
-    ``label`` (Landmine, as LandmineData.mat). Classification labels 0 and 1 become -1 and 1.
+    An ``.npz`` file has arrays ``X [n, features]``, ``y [n]`` and ``task_sizes [tasks]``, tasks one
+    after the other. A ``.mat`` file has cells of one matrix a task, ``X`` and ``Y`` (School, as
+    MALSAR ships it) or ``feature`` and ``label`` (Landmine, as LandmineData.mat). Classification
+    labels 0 and 1 become -1 and 1.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, or fields that are missing or do not fit together.
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or fields that are missing or do not fit together.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; name a .npz with X, y and task_sizes, or a .mat with cells X and Y or feature and label"
+            f"{path} does not exist; name a .npz with X, y and task_sizes, or a .mat with cells X "
+            "and Y or feature and label"
         )
     if path.suffix == ".npz":
         with np.load(path) as stored:
@@ -55,8 +66,8 @@ def load_task_table(path: Path) -> TaskTable:
             table = stored["X"], stored["y"], stored["task_sizes"]
         if not len(table[0]) == len(table[1]) == table[2].sum():
             raise ValueError(
-                f"{path} has {len(table[0])} rows of X, {len(table[1])} of y and task_sizes that sum to {table[2].sum()}; "
-                "all three must agree"
+                f"{path} has {len(table[0])} rows of X, {len(table[1])} of y and task_sizes that "
+                f"sum to {table[2].sum()}; all three must agree"
             )
         table = _table(*table)
     elif path.suffix == ".mat":
@@ -81,14 +92,20 @@ def _from_cells(path: pathlib.Path) -> TaskTable:
                 [len(x) for x in inputs],
             )
     raise ValueError(
-        f"{path} has fields {sorted(k for k in stored if not k.startswith('__'))}; it needs cells X and Y, or feature and label"
+        f"{path} has fields {sorted(k for k in stored if not k.startswith('__'))}; it needs cells "
+        "X and Y, or feature and label"
     )
 
 
 def load_human_activity(directory: Path, positive: int = 4) -> TaskTable:
-    """The UCI smartphone recordings, a task a person: ``positive`` (default 4, sitting) against the other activities.
+    """Reads the UCI smartphone recordings, a task for each person.
 
-    Reads ``{train,test}/X_*.txt`` (561 columns), ``y_*.txt`` (1..6) and ``subject_*.txt`` (1..30) of the unpacked archive.
+    It reads ``{train,test}/X_*.txt`` (561 columns), ``y_*.txt`` (1..6) and ``subject_*.txt``
+    (1..30) of the unpacked archive.
+
+    Args:
+        directory: of the unpacked archive.
+        positive: the activity that is told from all others; the default 4 is sitting.
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -121,17 +138,29 @@ def related_tasks(
     regression: bool = False,
     seed: int = 0,
 ) -> TaskTable:
-    """Linear tasks whose models lie in clusters: ``w_t = centre + spread * own``, both standard normal.
+    """Draws linear tasks whose models lie in clusters.
 
-    Inputs are standard normal; labels the sign of the score after Gaussian noise of relative size ``noise`` (or the score itself). Sizes are log-uniform in ``[smallest, largest]``.
+    The models are ``w_t = centre + spread * own``, both standard normal. Inputs are standard
+    normal. Sizes are log-uniform in ``[smallest, largest]``.
+
+    Args:
+        num_tasks: how many tasks.
+        features: values of an input.
+        num_clusters: how many clusters of tasks.
+        spread: how far a task is from its cluster's centre.
+        smallest: the fewest examples of a task.
+        largest: the most examples of a task.
+        noise: relative size of the Gaussian noise on the score.
+        regression: labels are the noisy score itself, not its sign.
+        seed: of the draw.
 
     Raises:
         ValueError: counts or sizes that make no sense.
     """
     if num_tasks < 1 or not 1 <= num_clusters <= num_tasks or not 4 <= smallest <= largest:
         raise ValueError(
-            f"related_tasks got {num_tasks} tasks in {num_clusters} clusters of {smallest}..{largest} examples; give "
-            "clusters in 1..tasks and at least 4 examples"
+            f"related_tasks got {num_tasks} tasks in {num_clusters} clusters of "
+            f"{smallest}..{largest} examples; give clusters in 1..tasks and at least 4 examples"
         )
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(num_clusters, features))
@@ -155,12 +184,20 @@ def split_tasks(
     skewed: bool = False,
     keep_order: bool = False,
 ) -> Splits:
-    """Shuffles every task and cuts it: ``ceil(train_share n) - 1`` training examples (at least 1), as MOCHA's released code.
+    """Shuffles every task and cuts it into train and test.
+
+    There are ``ceil(train_share n) - 1`` training examples (at least 1), as in MOCHA's released
+    code.
 
     Args:
-        skewed: cuts a random half of the tasks down to 1..20 % of their training examples (at least 3): a re-creation of the paper's skewed data, whose exact sizes are not known.
-        keep_order: leaves the examples of each part in the table's order, as the released code does. It matters to cyclic passes where neighbours in the table
-            resemble each other, as in Landmine.
+        table: the examples of all tasks.
+        train_share: of each task's examples.
+        seed: of the shuffle.
+        skewed: cuts a random half of the tasks down to 1..20 % of their training examples (at least
+            3). It is a re-creation of the paper's skewed data, whose exact sizes are not known.
+        keep_order: leaves the examples of each part in the table's order, as the released code
+            does. It matters to cyclic passes where neighbours in the table resemble each other, as
+            in Landmine.
 
     Raises:
         ValueError: a share outside (0, 1), or a task of fewer than two examples.
@@ -176,22 +213,25 @@ def split_tasks(
             )
         shuffled = rng.permutation(len(own))
         cut = max(1, int(np.ceil(train_share * len(own))) - 1)
-        parts = (shuffled[:cut], shuffled[cut:])
+        first, rest = shuffled[:cut], shuffled[cut:]
         if keep_order:
-            parts = tuple(np.sort(part) for part in parts)
-        train.append(own[parts[0]])
-        test.append(own[parts[1]])
+            first, rest = np.sort(first), np.sort(rest)
+        train.append(own[first])
+        test.append(own[rest])
     if skewed:
         for task in rng.permutation(len(train))[: len(train) // 2]:
             keep = max(3, int(rng.uniform(0.01, 0.2) * len(train[task])))
             train[task] = _both_classes(train[task], table.labels, keep)
     examples = {"inputs": table.inputs, "labels": table.labels}
-    first = make_federation(examples, train)
-    return Splits(first, make_federation(first.examples, test))
+    learned = make_federation(examples, train)
+    return Splits(learned, make_federation(learned.examples, test))
 
 
 def _both_classes(rows: np.ndarray, labels: np.ndarray, keep: int) -> np.ndarray:
-    """The first ``keep`` rows, the last of them exchanged if otherwise only one of two classes would be left."""
+    """Returns the first ``keep`` rows.
+
+    The last of them is exchanged if otherwise only one of two classes would be left.
+    """
     kept = rows[:keep].copy()
     others = rows[keep:][labels[rows[keep:]] != labels[kept[0]]]
     if set(np.unique(labels[rows])) == {-1.0, 1.0} and len(set(labels[kept])) == 1 and len(others):

@@ -173,7 +173,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict
                 inputs[row] = record["image"]
                 labels[row] = record["label"]
                 row += 1
-    loaded = {"inputs": inputs, "labels": labels}
+    loaded: dict[str, np.ndarray] = {"inputs": inputs, "labels": labels}
     if name == "cifar100":
         loaded["coarse_labels"] = CIFAR100_COARSE[labels]
     return loaded
@@ -367,14 +367,14 @@ def _read_emnist(archive: str, part: str) -> Iterator[tuple[np.ndarray, int]]:
                 yield from zip(images, labels[start : start + count].tolist(), strict=True)
 
 
-def _idx_shape(stream: IO[bytes], rank: int, where: str) -> tuple[int, ...]:
+def _idx_shape(stream: IO[bytes] | gzip.GzipFile, rank: int, where: str) -> tuple[int, ...]:
     """Reads the header of an idx file of unsigned bytes: magic number, then one size per axis."""
     if _read_exactly(stream, 4, where) != bytes([0, 0, 8, rank]):
         raise ValueError(f"{where}: not an idx file of unsigned bytes with {rank} axes.")
     return struct.unpack(f">{rank}I", _read_exactly(stream, 4 * rank, where))
 
 
-def _read_exactly(stream: IO[bytes], size: int, where: str) -> bytes:
+def _read_exactly(stream: IO[bytes] | gzip.GzipFile, size: int, where: str) -> bytes:
     """`size` bytes of `stream`, or a ValueError that names the file."""
     data = stream.read(size)
     if len(data) != size:

@@ -5,11 +5,11 @@ from fedjax_mtl.models import adapters
 from fedjax_mtl.models.convolution import PatchConv
 from fedjax_mtl.models.dense_prediction import multi_decoder, task_conditioned
 from fedjax_mtl.models.linen import from_flax
-from fedjax_mtl.models.lora import lora
+from fedjax_mtl.models.low_rank import lora
 from fedjax_mtl.models.multitask import body_and_head, many_heads
 from fedjax_mtl.models.networks import MLP, CharLSTM, Linear, TwoLayerCNN, cnn, linear, lstm, mlp
 from fedjax_mtl.models.pretrained import from_hugging_face_config
-from fedjax_mtl.models.prompt_tuning import prompt_tuning
+from fedjax_mtl.models.prompts import prompt_tuning
 from fedjax_mtl.models.split_parts import conv_trunk, patch_embedding, task_adaptation, vit_trunk
 from fedjax_mtl.models.transformer import (
     LanguageModel,

@@ -1,4 +1,7 @@
-"""What all parameter-efficient models share: trained ``adapters`` beside a frozen ``base``, at the top of their parameters."""
+"""What all parameter-efficient models share: trained ``adapters`` beside a frozen ``base``.
+
+Both stand at the top of the parameters.
+"""
 
 from typing import Any
 
@@ -12,14 +15,23 @@ trained = trees.under("adapters")
 """Selects what clients train and send."""
 
 base = trees.under("base")
-"""Selects the frozen weights, which the server and all clients hold once: train with ``frozen=adapters.base``."""
+"""Selects the frozen weights, which the server and all clients hold once.
+
+Train with ``frozen=adapters.base``.
+"""
 
 
 def load_base(params: PyTree, weights: PyTree) -> PyTree:
-    """Parameters whose frozen weights are ``weights``, e.g. of a checkpoint; leading axes such as seeds are repeated.
+    """Returns the parameters with other frozen weights, e.g. of a checkpoint.
+
+    Args:
+        params: of a model with ``adapters`` and ``base``; leading axes, such as seeds, may stand
+            before those of the weights, which are then repeated.
+        weights: of the base model; they take the place of the frozen ones.
 
     Raises:
-        ValueError: parameters without a base, or weights of another structure or shape, naming the first leaf that differs.
+        ValueError: parameters without a base, or weights of another structure or shape; the message
+            names the first leaf that differs.
     """
     if not isinstance(params, dict) or "base" not in params:
         raise ValueError(
@@ -34,7 +46,8 @@ def load_base(params: PyTree, weights: PyTree) -> PyTree:
         lead = leaf.ndim - new[path].ndim
         if lead < 0 or leaf.shape[lead:] != new[path].shape:
             raise ValueError(
-                f"{'/'.join(path)} has shape {new[path].shape} in the weights but {leaf.shape} in the model; check its configuration"
+                f"{'/'.join(path)} has shape {new[path].shape} in the weights but {leaf.shape} in "
+                "the model; check its configuration"
             )
     filled = {
         path: jnp.broadcast_to(new[path], leaf.shape).astype(leaf.dtype)

@@ -10,7 +10,16 @@ import numpy as np
 
 
 def patches(inputs: jax.Array, kernel_size: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
-    """The windows of a convolution as shifted slices, ``[batch, h, w, c] -> [batch, h', w', kh * kw * c]``, without padding."""
+    """Returns the windows of a convolution without padding, as shifted slices.
+
+    Args:
+        inputs: ``[batch, h, w, c]``.
+        kernel_size: height and width of the kernel, kh and kw.
+        strides: of the height and of the width.
+
+    Returns:
+        The windows, ``[batch, h', w', kh * kw * c]``.
+    """
     (kh, kw), (sh, sw) = kernel_size, strides
     height = (inputs.shape[1] - kh) // sh + 1
     width = (inputs.shape[2] - kw) // sw + 1
@@ -24,26 +33,33 @@ def patches(inputs: jax.Array, kernel_size: tuple[int, int], strides: tuple[int,
 
 @jax.custom_jvp
 def patch_product(windows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``windows @ kernel``, ``[..., k], [k, features] -> [..., features]``, with the kernel's gradient in the order that is fast on CPUs.
+    """Returns ``windows @ kernel``, ``[..., k], [k, features] -> [..., features]``.
 
-    Of the two ways to contract over the (many) windows, XLA's CPU backend is nearly twice as fast with the few features on the left.
+    The gradient of the kernel is computed in the order that is fast on CPUs: of the two ways to
+    contract over the (many) windows, XLA's CPU backend is nearly twice as fast with the few
+    features on the left.
     """
     return windows @ kernel
 
 
 @patch_product.defjvp
-def _patch_product_jvp(primals, tangents):
+def _patch_product_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     windows, kernel = primals
     windows_dot, kernel_dot = tangents
-    # The transpose of this, which is what reverse mode runs, contracts (features, windows) with (windows, k).
+    # The transpose of this, which is what reverse mode runs, contracts (features, windows) with
+    # (windows, k).
     flat = windows.reshape(-1, windows.shape[-1])
     by_feature = jax.lax.dot_general(kernel_dot.T, flat, (((1,), (1,)), ((), ())))
     outputs_dot = by_feature.T.reshape(*windows.shape[:-1], -1)
     return windows @ kernel, windows_dot @ kernel + outputs_dot
 
 
-# Winograd's minimal filtering F(4, 3): four outputs of a three-tap filter, from six inputs, with six products in place of twelve.
-# outputs = _OUTPUTS @ ((_INPUTS @ six inputs) * (_TAPS @ three taps)); Lavin and Gray, arXiv 1509.09308, section 4.2.
+# Winograd's minimal filtering F(4, 3): four outputs of a three-tap filter, from six inputs, with
+# six products in place of twelve.
+# outputs = _OUTPUTS @ ((_INPUTS @ six inputs) * (_TAPS @ three taps)); Lavin and Gray,
+# arXiv 1509.09308, section 4.2.
 _INPUTS = np.array(
     [
         [4, 0, -5, 0, 1, 0],
@@ -61,16 +77,27 @@ _OUTPUTS = np.array(
 
 
 def _combine(coefficients: np.ndarray, terms: Sequence[jax.Array]) -> jax.Array:
-    """The weighted sum of the terms, those of weight 0 left out: a few elementwise operations, which fuse."""
+    """Returns the weighted sum of the terms, without those of weight 0.
+
+    These are a few elementwise operations, which fuse.
+    """
     pairs = zip(coefficients.tolist(), terms, strict=True)
     return functools.reduce(jnp.add, (t if c == 1 else c * t for c, t in pairs if c != 0))
 
 
 def minimal_filtering(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3 x 3 convolution without padding and strides, ``[batch, h, w, c], [3, 3, c, features] -> [batch, h - 2, w - 2, features]``, by F(4, 3) over the height.
+    """Convolves with a 3 x 3 kernel by F(4, 3) over the height, without padding and strides.
 
-    Half the products of the direct form, and half the memory of its patches. Over the width it is shifted slices still: there a transformation
-    would be strided. Rounding errors are about three times those of the direct form.
+    It takes half the products of the direct form, and half the memory of its patches. Over the
+    width it is shifted slices still: there a transformation would be strided. Rounding errors are
+    about three times those of the direct form.
+
+    Args:
+        inputs: ``[batch, h, w, c]``.
+        kernel: ``[3, 3, c, features]``.
+
+    Returns:
+        The outputs, ``[batch, h - 2, w - 2, features]``.
     """
     height, width = inputs.shape[1] - 2, inputs.shape[2] - 2
     channels, features = kernel.shape[2:]
@@ -101,13 +128,21 @@ def _filters_minimally(size: tuple[int, int], strides: tuple[int, int], inputs: 
 
 
 class PatchConv(nn.Module):
-    """A 2-d convolution as shifted slices and one matrix product; a drop-in for ``flax.linen.Conv``, with the same parameters.
+    """A 2-d convolution as shifted slices and one matrix product.
 
-    Under ``vmap`` over weights a stock convolution becomes a grouped one, and its weight gradient inside a loop is 100 times too slow on XLA's CPU
-    backend (jax-ml/jax issue 12868); this one becomes a batched matrix product. On CPUs 3 x 3 kernels without strides are :func:`minimal_filtering`.
+    It is a drop-in for ``flax.linen.Conv``, with the same parameters. Under ``vmap`` over weights a
+    stock convolution becomes a grouped one, and its weight gradient inside a loop is 100 times too
+    slow on XLA's CPU backend (jax-ml/jax issue 12868); this one becomes a batched matrix product.
+    On CPUs 3 x 3 kernels without strides are :func:`minimal_filtering`.
 
     Attributes:
-        features: output channels. kernel_size: two ints. strides: an int or two. padding: ``SAME`` or ``VALID``. use_bias: add a bias.
+        features: output channels.
+        kernel_size: height and width of the kernel.
+        strides: one int, or one for the height and one for the width.
+        padding: ``SAME`` or ``VALID``.
+        use_bias: add a bias.
+        kernel_init: initialiser of the kernel.
+        bias_init: initialiser of the bias.
     """
 
     features: int
@@ -120,13 +155,16 @@ class PatchConv(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """``[batch, h, w, c] -> [batch, h', w', features]``."""
-        size = tuple(self.kernel_size)
-        if len(size) != 2:
-            raise ValueError(f"PatchConv is two-dimensional, got kernel_size {size}")
+        """Convolves, ``[batch, h, w, c] -> [batch, h', w', features]``."""
+        if len(self.kernel_size) != 2:
+            raise ValueError(
+                f"PatchConv is two-dimensional, got kernel_size {tuple(self.kernel_size)}"
+            )
+        size = self.kernel_size[0], self.kernel_size[1]
         if self.padding not in ("SAME", "VALID"):
             raise ValueError(f"padding must be 'SAME' or 'VALID', got {self.padding!r}")
-        strides = (self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides)
+        down, right = (self.strides,) * 2 if isinstance(self.strides, int) else self.strides
+        strides = down, right
         channels = inputs.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (*size, channels, self.features))
         if self.padding == "SAME":
@@ -143,10 +181,17 @@ class PatchConv(nn.Module):
 
 
 def max_pool(inputs: jax.Array, size: int) -> jax.Array:
-    """Non-overlapping max pooling, ``[batch, h, w, c] -> [batch, h // size, w // size, c]``; a remainder is dropped.
+    """Pools non-overlapping windows by their maximum; a remainder is dropped.
 
-    As maxima of strided slices, which are several times faster than ``reduce_window`` on CPUs, forward and backward. Among equal maxima the
-    gradient is shared.
+    It takes maxima of strided slices, which are several times faster than ``reduce_window`` on
+    CPUs, forward and backward. Among equal maxima the gradient is shared.
+
+    Args:
+        inputs: ``[batch, h, w, c]``.
+        size: height and width of a window.
+
+    Returns:
+        The maxima, ``[batch, h // size, w // size, c]``.
     """
     height, width = inputs.shape[1] // size * size, inputs.shape[2] // size * size
     slices = [inputs[:, i:height:size, j:width:size] for i in range(size) for j in range(size)]

@@ -1,7 +1,8 @@
-"""Encoders and decoders of dense prediction: one decoder a task, or one decoder conditioned on the task.
+"""Encoders and decoders of dense prediction: a decoder for each task, or one that knows the task.
 
-FMTL-Bench's models (arXiv 2402.12876, released code) at the sizes that train on a CPU. Parameters are ``encoder`` and ``decoders/<task>``, or ``encoder``, ``decoder`` and ``task_embedding``, so that a path
-predicate says what is shared.
+These are the models of FMTL-Bench (arXiv 2402.12876, released code) at the sizes that train on a
+CPU. Parameters are ``encoder`` and ``decoders/<task>``, or ``encoder``, ``decoder`` and
+``task_embedding``, so that a path predicate says what is shared.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,14 @@ from fedjax_mtl.models.linen import from_flax
 
 
 class DenseSize(NamedTuple):
-    """Channels of the encoder's maps (strides 2, 4, 8, ...) and of the decoder; of the task embedding, layers and width."""
+    """The size of a model of dense prediction.
+
+    Attributes:
+        encoder: channels of the encoder's maps, at strides 2, 4, 8, ...
+        decoder: channels of the decoder at the same strides.
+        embedding_layers: how many layers the task embedding has.
+        embedding_width: how wide the task embedding is.
+    """
 
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
@@ -37,15 +45,21 @@ def _norm(groups: int, name: str) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a projected shortcut, at half the resolution: ``[batch, h, w, c] -> [batch, h / 2, w / 2, features]``."""
+    """Two 3x3 convolutions with a projected shortcut, at half the resolution.
+
+    The shapes are ``[batch, h, w, c] -> [batch, h / 2, w / 2, features]``.
+
+    Attributes:
+        features: output channels.
+    """
 
     features: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = lambda size, stride, name: PatchConv(  # noqa: E731
-            self.features, (size, size), stride, use_bias=False, name=name
-        )
+        def conv(size: int, stride: int, name: str) -> PatchConv:
+            return PatchConv(self.features, (size, size), stride, use_bias=False, name=name)
+
         groups = min(8, self.features)
         shortcut = _norm(groups, "norm_shortcut")(conv(1, 2, "shortcut")(x))
         y = nn.relu(_norm(groups, "norm_0")(conv(3, 2, "conv_0")(x)))
@@ -54,7 +68,14 @@ class ResidualBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """A stem and residual blocks; maps at strides 2, 4, 8, ...: ``[batch, h, w, 3] -> [batch, h / 2^i, w / 2^i, channels_i]`` for each."""
+    """A stem and residual blocks, which give maps at strides 2, 4, 8, ...
+
+    Map i of ``[batch, h, w, 3]`` has the shape ``[batch, h / 2^i, w / 2^i, channels_i]``, with i
+    from 1.
+
+    Attributes:
+        channels: of the maps.
+    """
 
     channels: Sequence[int]
 
@@ -68,7 +89,7 @@ class ConvEncoder(nn.Module):
 
 
 def _interpolation(size: int, target: int) -> np.ndarray:
-    """Linear interpolation with aligned corners as a matrix, ``[target, size]``."""
+    """Returns linear interpolation with aligned corners as a matrix, ``[target, size]``."""
     place = np.linspace(0, size - 1, target)
     low = np.minimum(np.floor(place).astype(int), max(size - 2, 0))
     share = place - low
@@ -79,21 +100,32 @@ def _interpolation(size: int, target: int) -> np.ndarray:
 
 
 def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Bilinear resizing with aligned corners, ``[batch, h, w, c] -> [batch, height, width, c]``, as two matrix products."""
+    """Resizes bilinearly with aligned corners, ``[batch, h, w, c] -> [batch, height, width, c]``.
+
+    It does so by two matrix products.
+    """
     rows, columns = _interpolation(x.shape[1], height), _interpolation(x.shape[2], width)
     x = jnp.einsum("Hh,bhwc->bHwc", rows.astype(x.dtype), x)
     return jnp.einsum("Ww,bhwc->bhWc", columns.astype(x.dtype), x)
 
 
 def instance_norm(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
-    """Every channel of every image to mean 0 and (biased) variance 1."""
+    """Scales every channel of every image to mean 0 and (biased) variance 1."""
     mean = jnp.mean(x, axis=(1, 2), keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axis=(1, 2), keepdims=True)
     return (x - mean) * jax.lax.rsqrt(variance + epsilon)
 
 
-class Block(nn.Module):
-    """Convolution, instance norm, scale and shift, activation; with a task embedding ``[width]`` scale and shift are linear in it (and the activation leaky)."""
+class ConvBlock(nn.Module):
+    """Convolution, instance norm, scale and shift, activation.
+
+    With a task embedding ``[width]``, scale and shift are linear in it, and the activation is
+    leaky.
+
+    Attributes:
+        features: output channels.
+        kernel: height and width of the convolution.
+    """
 
     features: int
     kernel: int
@@ -113,25 +145,34 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A U-Net-like decoder: maps at strides 2, 4, ... to ``[batch, h, w, outputs]`` at full resolution."""
+    """A U-Net-like decoder, from maps at strides 2, 4, ... to full resolution.
+
+    The outputs are ``[batch, h, w, outputs]``.
+
+    Attributes:
+        channels: of the decoder at each stride.
+        outputs: channels of the outputs.
+    """
 
     channels: Sequence[int]
     outputs: int
 
     @nn.compact
     def __call__(self, maps: list[jax.Array], embedding: jax.Array | None = None) -> jax.Array:
-        skips = [Block(m.shape[-1], 1, name=f"skip_{i}")(m, embedding) for i, m in enumerate(maps)]
+        skips = [
+            ConvBlock(m.shape[-1], 1, name=f"skip_{i}")(m, embedding) for i, m in enumerate(maps)
+        ]
         x = skips[-1]
         for index in reversed(range(len(maps))):
             x = resize_bilinear(x, 2 * x.shape[1], 2 * x.shape[2])
             if index:
                 x = jnp.concatenate([x, skips[index - 1]], axis=-1)
-            x = Block(self.channels[index], 3, name=f"block_{index}")(x, embedding)
+            x = ConvBlock(self.channels[index], 3, name=f"block_{index}")(x, embedding)
         return PatchConv(self.outputs, (1, 1), name="last")(x)
 
 
 def unit_vectors(x: jax.Array) -> jax.Array:
-    """Vectors of length 1 along the last axis."""
+    """Scales vectors along the last axis to length 1."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
@@ -140,7 +181,12 @@ def _finish(task: str, x: jax.Array) -> jax.Array:
 
 
 class Decoders(nn.Module):
-    """One decoder a task."""
+    """One decoder for each task.
+
+    Attributes:
+        channels: of every decoder at each stride.
+        tasks: pairs of a task and its output channels.
+    """
 
     channels: Sequence[int]
     tasks: tuple[tuple[str, int], ...]
@@ -154,7 +200,14 @@ class Decoders(nn.Module):
 
 
 class MultiDecoder(nn.Module):
-    """An encoder and a decoder a task: ``[batch, h, w, 3] -> {task: [batch, h, w, channels]}``."""
+    """An encoder, and a decoder for each task.
+
+    The shapes are ``[batch, h, w, 3] -> {task: [batch, h, w, channels]}``.
+
+    Attributes:
+        size: of encoder and decoders.
+        tasks: pairs of a task and its output channels.
+    """
 
     size: DenseSize
     tasks: tuple[tuple[str, int], ...]
@@ -167,7 +220,10 @@ class MultiDecoder(nn.Module):
 
 
 def pool_channels(x: jax.Array, bins: int) -> jax.Array:
-    """Means over ``bins`` ranges of channels (they overlap unless ``bins`` divides them), ``[..., n] -> [..., bins]``."""
+    """Takes means over ``bins`` ranges of channels, ``[..., n] -> [..., bins]``.
+
+    The ranges overlap unless ``bins`` divides the number of channels.
+    """
     n = x.shape[-1]
     ranges = [(i * n // bins, -(-(i + 1) * n // bins)) for i in range(bins)]
     return jnp.stack([jnp.mean(x[..., a:b], axis=-1) for a, b in ranges], axis=-1)
@@ -179,7 +235,11 @@ def pixel_norm(x: jax.Array) -> jax.Array:
 
 
 class TaskEmbedding(nn.Module):
-    """The embedding of a task's fixed code, ``[width] -> [width]``: pixel norm and an MLP."""
+    """The embedding of a task's fixed code, ``[width] -> [width]``: pixel norm and an MLP.
+
+    Attributes:
+        layers: of the MLP.
+    """
 
     layers: int
 
@@ -192,9 +252,16 @@ class TaskEmbedding(nn.Module):
 
 
 class TaskConditioned(nn.Module):
-    """An encoder and one decoder for all tasks, conditioned by scale and shift: ``[batch, h, w, 3] -> {task: [batch, h, w, channels]}``.
+    """An encoder and one decoder for all tasks, conditioned on the task by scale and shift.
 
-    A task's code is a block of ones among zeros; ``outputs`` maps are pooled to its channels.
+    The shapes are ``[batch, h, w, 3] -> {task: [batch, h, w, channels]}``. A task's code is a block
+    of ones among zeros.
+
+    Attributes:
+        size: of encoder, decoder and task embedding.
+        tasks: pairs of a task and its output channels.
+        outputs: maps of the decoder, which are pooled to a task's channels.
+        code_blocks: the tasks among which the code is divided.
     """
 
     size: DenseSize
@@ -232,12 +299,18 @@ def _checked_size(size: str) -> DenseSize:
 def multi_decoder(
     image_shape: tuple[int, int, int], tasks: dict[str, int], size: str = "small"
 ) -> Model:
-    """One encoder, one decoder a task; parameters ``encoder`` and ``decoders/<task>``.
+    """Returns one encoder and a decoder for each task.
+
+    Its parameters are ``encoder`` and ``decoders/<task>``.
 
     Args:
-        image_shape: height and width divisible by the deepest stride (tiny 8, small 32), channels.
+        image_shape: height, width and channels; height and width must be divisible by the deepest
+            stride (tiny 8, small 32).
         tasks: output channels by task.
         size: ``tiny`` or ``small``.
+
+    Raises:
+        ValueError: unknown size.
     """
     return from_flax(MultiDecoder(_checked_size(size), tuple(tasks.items())), image_shape)
 
@@ -248,14 +321,19 @@ def task_conditioned(
     size: str = "small",
     code_blocks: Sequence[str] = (),
 ) -> Model:
-    """One encoder and one decoder conditioned on the task; parameters ``encoder``, ``decoder``, ``task_embedding``.
+    """Returns one encoder and one decoder conditioned on the task.
+
+    Its parameters are ``encoder``, ``decoder`` and ``task_embedding``.
 
     Args:
-        image_shape, tasks, size: as for :func:`multi_decoder`.
-        code_blocks: the tasks among which the code is divided, so that clients with different tasks mean the same by a block; default ``tasks``.
+        image_shape: height, width and channels, as for :func:`multi_decoder`.
+        tasks: output channels by task.
+        size: ``tiny`` or ``small``.
+        code_blocks: the tasks among which the code is divided, so that clients with different tasks
+            mean the same by a block; default ``tasks``.
 
     Raises:
-        ValueError: a task without a block, more blocks than the embedding is wide.
+        ValueError: unknown size, a task without a block, or more blocks than the embedding is wide.
     """
     chosen = _checked_size(size)
     blocks = tuple(code_blocks) or tuple(tasks)

@@ -1,6 +1,7 @@
 """Small dense networks cut into a shared body and heads, for clients with tasks of their own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,9 +10,18 @@ import jax.numpy as jnp
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.models.linen import from_flax
 
+PyTree = Any
+
 
 class Body(nn.Module):
-    """Dense layers ``dense_0``, ``dense_1``, ... with ReLU; weights N(0, gain^2 / fan_in), biases 0."""
+    """Dense layers ``dense_0``, ``dense_1``, ... with ReLU.
+
+    Weights start as N(0, gain^2 / fan_in), biases as 0.
+
+    Attributes:
+        hidden: widths of the layers.
+        gain: of the initial weights.
+    """
 
     hidden: Sequence[int]
     gain: float
@@ -25,7 +35,14 @@ class Body(nn.Module):
 
 
 class BodyAndHead(nn.Module):
-    """A body ``encoder`` and a linear head ``decoder`` of weights N(0, head_scale^2)."""
+    """A body ``encoder`` and a linear head ``decoder``.
+
+    Attributes:
+        hidden: widths of the body's layers.
+        outputs: of the head.
+        gain: of the body's initial weights.
+        head_scale: standard deviation of the head's initial weights.
+    """
 
     hidden: Sequence[int]
     outputs: int
@@ -49,21 +66,38 @@ def body_and_head(
     gain: float = 1.4,
     head_scale: float = 0.1,
 ) -> Model:
-    """``[batch, features] -> [batch, outputs]``; parameters ``encoder/dense_<i>`` and ``decoder``."""
+    """Returns a body and a linear head, ``[batch, features] -> [batch, outputs]``.
+
+    Its parameters are ``encoder/dense_<i>`` and ``decoder``.
+
+    Args:
+        features: values of an example.
+        outputs: of the head.
+        hidden: widths of the body's layers.
+        gain: the body's weights start as N(0, gain^2 / fan_in).
+        head_scale: the head's weights start as N(0, head_scale^2).
+    """
     return from_flax(BodyAndHead(tuple(hidden), outputs, gain, head_scale), (features,))
 
 
 def many_heads(
     features: int, outputs: int, num_heads: int, hidden: Sequence[int] = (64, 48)
 ) -> Model:
-    """One model with a linear head for each task, of which an example picks its own.
+    """Returns one model with a linear head for each task, of which an example picks its own.
 
-    Inputs ``{"features": [batch, features], "head": int [batch]}``; parameters ``encoder`` and ``heads`` (kernel ``[heads, width, outputs]``). All heads are in
-    every client's parameters; the gradient of those it does not use is zero.
+    Inputs are ``{"features": [batch, features], "head": int [batch]}``. Parameters are ``encoder``
+    and ``heads`` (kernel ``[heads, width, outputs]``). All heads are in every client's parameters;
+    the gradient of those it does not use is zero.
+
+    Args:
+        features: values of an example.
+        outputs: of every head.
+        num_heads: how many heads.
+        hidden: widths of the body's layers.
     """
     body = Body(tuple(hidden), 2**0.5)
 
-    def init(key):
+    def init(key: jax.Array) -> PyTree:
         body_key, head_key = jax.random.split(key)
         width = hidden[-1]
         kernel = jax.random.normal(head_key, (num_heads, width, outputs)) / width**0.5
@@ -72,7 +106,7 @@ def many_heads(
             "heads": {"kernel": kernel, "bias": jnp.zeros((num_heads, outputs))},
         }
 
-    def apply(params, inputs, key=None):
+    def apply(params: PyTree, inputs: PyTree, key: jax.Array | None = None) -> jax.Array:
         del key
         hidden_values = body.apply({"params": params["encoder"]}, inputs["features"])
         own = jax.tree.map(lambda leaf: leaf[inputs["head"]], params["heads"])

@@ -1,7 +1,7 @@
-"""The networks of the federated benchmarks; parameters split at the top into ``encoder`` and ``decoder``.
+"""The networks of the federated benchmarks; parameters are split into ``encoder`` and ``decoder``.
 
-Initialisation is PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, where a paper's released code uses that
-(argument ``torch_init``); otherwise flax's.
+They start as PyTorch's do, from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, as the
+papers' released code does.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.models.convolution import PatchConv, max_pool
-from fedjax_mtl.models.dense import Dense
+from fedjax_mtl.models.dense_layer import Dense
 from fedjax_mtl.models.linen import from_flax
 
 
@@ -25,7 +25,7 @@ def _uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 
 
 def _torch_kwargs(fan_in: int) -> dict[str, Any]:
-    """PyTorch's default for dense and convolution layers."""
+    """Returns the initialisers that PyTorch uses for dense and convolution layers."""
     return {"kernel_init": _uniform_fan_in(fan_in), "bias_init": _uniform_fan_in(fan_in)}
 
 
@@ -42,7 +42,11 @@ class _Body(nn.Module):
 
 
 class Linear(nn.Module):
-    """One dense layer; FedEM's model for its synthetic data (one logit)."""
+    """One dense layer; FedEM's model for its synthetic data (one logit).
+
+    Attributes:
+        outputs: of the layer.
+    """
 
     outputs: int
 
@@ -54,7 +58,12 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU."""
+    """Dense layers with ReLU.
+
+    Attributes:
+        hidden: widths of the hidden layers.
+        outputs: of the last layer.
+    """
 
     hidden: Sequence[int]
     outputs: int
@@ -94,8 +103,16 @@ class _ConvBody(nn.Module):
 class TwoLayerCNN(nn.Module):
     """Two valid convolutions, pooling, a dense layer and a decoder.
 
-    The defaults are FedEM's FemnistCNN: 5x5 convolutions of 32 and 64 channels, each pooled, dense 2048 (2,278,334 parameters on 28x28x1 inputs and
-    62 classes). ``conv`` can be ``flax.linen.Conv``: parameters are the same.
+    The defaults are FedEM's FemnistCNN: 5x5 convolutions of 32 and 64 channels, each pooled, and a
+    dense layer of 2048 (2,278,334 parameters on 28x28x1 inputs and 62 classes).
+
+    Attributes:
+        outputs: of the decoder.
+        channels: of the two convolutions.
+        kernel: height and width of the convolutions.
+        pools: whether each convolution is pooled.
+        hidden: width of the dense layer.
+        conv: the class of the convolutions. It can be ``flax.linen.Conv``: parameters are the same.
     """
 
     outputs: int
@@ -116,6 +133,8 @@ class TwoLayerCNN(nn.Module):
 
 
 class _RecurrentBody(nn.Module):
+    """An embedding of characters, then LSTM layers."""
+
     vocabulary: int
     embedding: int
     hidden: int
@@ -123,23 +142,31 @@ class _RecurrentBody(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Embed(self.vocabulary, self.embedding, embedding_init=nn.initializers.normal(1.0))(
-            x.astype(jnp.int32)
+        embed = nn.Embed(
+            self.vocabulary, self.embedding, embedding_init=nn.initializers.normal(1.0)
         )
+        values: Any = embed(x.astype(jnp.int32))
         for _ in range(self.layers):
             # PyTorch draws all LSTM weights, those of the inputs too, from U(+-1/sqrt(hidden)).
             weights = _uniform_fan_in(self.hidden)
             cell = nn.OptimizedLSTMCell(
                 self.hidden, kernel_init=weights, recurrent_kernel_init=weights, bias_init=weights
             )
-            x = nn.RNN(cell)(x)
-        return x
+            values = nn.RNN(cell)(values)
+        return values
 
 
 class CharLSTM(nn.Module):
-    """Next-character model: embedding, LSTM layers, a dense layer at every position (FedEM's Shakespeare model).
+    """A next-character model: embedding, LSTM layers, a dense layer at every position.
 
-    One bias a gate where PyTorch has two that add up: 823,172 parameters against 825,220, the same functions.
+    This is FedEM's Shakespeare model. It has one bias a gate where PyTorch has two that add up:
+    823,172 parameters against 825,220, the same functions.
+
+    Attributes:
+        vocabulary: how many different characters there are.
+        embedding: width of a character's embedding.
+        hidden: width of an LSTM layer.
+        layers: how many LSTM layers.
     """
 
     vocabulary: int = 100
@@ -149,7 +176,7 @@ class CharLSTM(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """int ``[batch, length] -> [batch, length, vocabulary]``."""
+        """Returns next-character logits, int ``[batch, length] -> [batch, length, vocabulary]``."""
         del train
         body = _RecurrentBody(
             self.vocabulary, self.embedding, self.hidden, self.layers, name="encoder"
@@ -159,20 +186,60 @@ class CharLSTM(nn.Module):
 
 
 def linear(input_shape: tuple[int, ...], outputs: int) -> Model:
-    """A linear model of flattened inputs."""
+    """Returns a linear model of flattened inputs."""
     return from_flax(Linear(outputs), input_shape)
 
 
 def mlp(input_shape: tuple[int, ...], outputs: int, hidden: Sequence[int] = (64,)) -> Model:
-    """A multi-layer perceptron of flattened inputs."""
+    """Returns a multi-layer perceptron of flattened inputs.
+
+    Args:
+        input_shape: shape of one example.
+        outputs: of the last layer.
+        hidden: widths of the hidden layers.
+    """
     return from_flax(MLP(tuple(hidden), outputs), input_shape)
 
 
-def cnn(input_shape: tuple[int, ...], outputs: int, **settings: Any) -> Model:
-    """A :class:`TwoLayerCNN`; ``input_shape`` is (height, width, channels)."""
-    return from_flax(TwoLayerCNN(outputs, **settings), input_shape)
+def cnn(
+    input_shape: tuple[int, ...],
+    outputs: int,
+    *,
+    channels: Sequence[int] = (32, 64),
+    kernel: int = 5,
+    pools: Sequence[bool] = (True, True),
+    hidden: int = 2048,
+    conv: Any = PatchConv,
+) -> Model:
+    """Returns a :class:`TwoLayerCNN`.
+
+    Args:
+        input_shape: height, width, channels.
+        outputs: of the decoder.
+        channels: of the two convolutions.
+        kernel: height and width of the convolutions.
+        pools: whether each convolution is pooled.
+        hidden: width of the dense layer.
+        conv: the class of the convolutions, ``PatchConv`` or ``flax.linen.Conv``.
+    """
+    return from_flax(TwoLayerCNN(outputs, channels, kernel, pools, hidden, conv), input_shape)
 
 
-def lstm(length: int, vocabulary: int = 100, **settings: Any) -> Model:
-    """A :class:`CharLSTM` over sequences of ``length`` characters."""
-    return from_flax(CharLSTM(vocabulary, **settings), (length,), jnp.int32)
+def lstm(
+    length: int,
+    vocabulary: int = 100,
+    *,
+    embedding: int = 8,
+    hidden: int = 256,
+    layers: int = 2,
+) -> Model:
+    """Returns a :class:`CharLSTM`.
+
+    Args:
+        length: characters in a sequence.
+        vocabulary: how many different characters there are.
+        embedding: width of a character's embedding.
+        hidden: width of an LSTM layer.
+        layers: how many LSTM layers.
+    """
+    return from_flax(CharLSTM(vocabulary, embedding, hidden, layers), (length,), jnp.int32)

@@ -1,18 +1,20 @@
-"""Checkpoints in Hugging Face's layout, of GPT-2 and Llama models: read into our parameters and written back."""
+"""Checkpoints in Hugging Face's layout, of GPT-2 and Llama models: read and written back."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedjax_mtl.models.transformer import TransformerConfig, language_model, llama
+from fedjax_mtl.core.checks import InputError
+from fedjax_mtl.models.transformer import LanguageModel, TransformerConfig, language_model, llama
 
 PyTree = Any
 Path = str | pathlib.Path
@@ -86,13 +88,20 @@ def _layout(config: TransformerConfig) -> _Layout:
         if c.fused_attention and c.use_bias and c.key_value_heads == c.num_heads:
             return _GPT2
     raise ValueError(
-        "only models of GPT-2's shape (layer normalisation, learned positions, GELU, biases, fused attention, no grouped queries) and of Llama's "
-        f"(RMS normalisation, rotary positions, SwiGLU, attention not fused) have a Hugging Face layout, got {config}"
+        "only models of GPT-2's shape (layer normalisation, learned positions, GELU, biases, "
+        "fused attention, no grouped queries) and of Llama's (RMS normalisation, rotary "
+        f"positions, SwiGLU, attention not fused) have a Hugging Face layout, got {config}"
     )
 
 
 class _Entry(NamedTuple):
-    """One of our parameters in a checkpoint; ``shape`` is ours, ``[in, out]`` of a kernel."""
+    """One of our parameters in a checkpoint.
+
+    Attributes:
+        name: of the tensor that is stored.
+        shape: ours, ``[in, out]`` of a kernel.
+        transposed: whether it is stored the other way round.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -104,7 +113,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(config: TransformerConfig) -> dict[str, _Entry]:
-    """For the path of every parameter, where it is stored."""
+    """Returns where every parameter is stored, by its path."""
     layout = _layout(config)
     shapes = flatten_dict(jax.eval_shape(language_model(config).init, jax.random.key(0)), sep="/")
     return {path: _entry(layout, path, leaf.shape) for path, leaf in shapes.items()}
@@ -124,13 +133,14 @@ def _entry(layout: _Layout, path: str, shape: tuple[int, ...]) -> _Entry:
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files that hold a checkpoint's tensors."""
+    """Returns the files that hold a checkpoint's tensors."""
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     if not (directory / _INDEX).is_file():
         raise FileNotFoundError(
-            f"{directory} holds neither {_WEIGHTS} nor {_INDEX}; point to the directory of a checkpoint in the safetensors format, and convert one in another "
-            "format (pytorch_model.bin) with save_pretrained(..., safe_serialization=True)"
+            f"{directory} holds neither {_WEIGHTS} nor {_INDEX}; point to the directory of a "
+            "checkpoint in the safetensors format, and convert one in another format "
+            "(pytorch_model.bin) with save_pretrained(..., safe_serialization=True)"
         )
     shards = sorted(set(json.loads((directory / _INDEX).read_text())["weight_map"].values()))
     absent = [shard for shard in shards if not (directory / shard).is_file()]
@@ -142,24 +152,25 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _stored(directory: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
-    """A reader for every tensor of a checkpoint; nothing is read yet."""
+    """Returns a reader for every tensor of a checkpoint; nothing is read yet."""
     import safetensors
 
-    readers = {}
+    readers: dict[str, Callable[[], np.ndarray]] = {}
     for file in _files(directory):
         try:
             handle = safetensors.safe_open(file, framework="numpy")
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"{file} is not a safetensors file ({error}); a half download or a Git LFS pointer? Download it again"
+                f"{file} is not a safetensors file ({error}); a half download or a Git LFS "
+                "pointer? Download it again"
             ) from error
         for name in handle.keys():
-            readers[name] = lambda handle=handle, name=name: handle.get_tensor(name)
+            readers[name] = functools.partial(handle.get_tensor, name)
     return readers
 
 
 def _find_names(entries: dict[str, _Entry], prefix: str, stored: set[str]) -> dict[str, str]:
-    """The stored name of every path; bare models lack the prefix."""
+    """Returns the stored name of every path; bare models lack the prefix."""
     bare = not any(name.startswith(prefix) for name in stored)
     return {
         path: entry.name.removeprefix(prefix) if bare else entry.name
@@ -174,8 +185,8 @@ def _check_names(
         if name not in stored:
             hint = "; are its embeddings tied?" if name == _UNEMBEDDING else ""
             raise ValueError(
-                f"the checkpoint in {directory} has no tensor {name!r}, which {path} needs{hint}; read its own configuration with "
-                "from_hugging_face_config"
+                f"the checkpoint in {directory} has no tensor {name!r}, which {path} needs{hint}; "
+                "read its own configuration with from_hugging_face_config"
             )
     ignored = {name for name in stored if _BUFFERS.search(name)}
     if config.tied_embeddings:
@@ -183,8 +194,8 @@ def _check_names(
     left = sorted(stored - set(names.values()) - ignored)
     if left:
         raise ValueError(
-            f"the checkpoint in {directory} has {len(left)} tensors that the configuration does not use, e.g. {left[:3]}; read its own configuration "
-            "with from_hugging_face_config"
+            f"the checkpoint in {directory} has {len(left)} tensors that the configuration does "
+            f"not use, e.g. {left[:3]}; read its own configuration with from_hugging_face_config"
         )
 
 
@@ -194,14 +205,17 @@ def load_safetensors(
     """Reads a checkpoint of GPT-2's or Llama's layout, in one file or in shards.
 
     Args:
-        directory: with ``model.safetensors`` or ``model.safetensors.index.json``. config: see :func:`from_hugging_face_config`.
+        directory: with ``model.safetensors`` or ``model.safetensors.index.json``.
+        config: see :func:`from_hugging_face_config`.
         dtype: of the parameters, whatever that of the stored tensors is.
 
-    Returns the parameters of ``language_model(config)``.
+    Returns:
+        The parameters of ``language_model(config)``.
 
     Raises:
         FileNotFoundError: no weights, or not all shards.
-        ValueError: a configuration without such a layout, a broken file, a tensor that is missing, superfluous or of another shape.
+        ValueError: a configuration without such a layout, a broken file, or a tensor that is
+            missing, superfluous or of another shape.
     """
     directory = pathlib.Path(directory)
     entries, prefix = _entries(config), _layout(config).prefix
@@ -213,40 +227,47 @@ def load_safetensors(
         tensor = readers[names[path]]()
         if tensor.shape != entry.stored_shape:
             raise ValueError(
-                f"tensor {names[path]!r} of {directory} has shape {tensor.shape}, but {path} needs {entry.stored_shape}; read the checkpoint's own "
-                "configuration with from_hugging_face_config"
+                f"tensor {names[path]!r} of {directory} has shape {tensor.shape}, but {path} needs "
+                f"{entry.stored_shape}; read the checkpoint's own configuration with "
+                "from_hugging_face_config"
             )
         params[path] = jnp.asarray(tensor.T if entry.transposed else tensor, dtype)
     return unflatten_dict(params, sep="/")
 
 
 def _tensors(params: PyTree, config: TransformerConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and contiguous tensors as they are stored."""
+    """Yields names and contiguous tensors as they are stored."""
     flat, entries = flatten_dict(params, sep="/"), _entries(config)
     if flat.keys() != entries.keys():
         different = sorted(flat.keys() ^ entries.keys())
         raise ValueError(
-            f"the parameters are not those of the configuration: {different[:3]} in only one of the two"
+            f"the parameters are not those of the configuration: {different[:3]} in only one of "
+            "the two"
         )
     for path, entry in entries.items():
         value = np.asarray(flat[path])
         if value.shape != entry.shape:
             raise ValueError(
-                f"{path} has shape {value.shape}, but the configuration's has {entry.shape}; adapters must be merged and client axes removed before saving"
+                f"{path} has shape {value.shape}, but the configuration's has {entry.shape}; "
+                "adapters must be merged and client axes removed before saving"
             )
         yield entry.name, np.ascontiguousarray(value.T if entry.transposed else value)
 
 
 def save_safetensors(directory: Path, params: PyTree, config: TransformerConfig) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` (one file, in the parameters' own type) as Hugging Face's models read them.
+    """Writes ``config.json`` and ``model.safetensors`` as Hugging Face's models read them.
 
-    Not written: the tokenizer's files and the numbers of special tokens; copy them from where the tokenizer comes from.
+    The weights are one file, in the parameters' own type. The tokenizer's files and the numbers of
+    special tokens are not written; copy them from where the tokenizer comes from.
 
     Args:
-        directory: made if needed; a checkpoint in it is overwritten. params, config: of ``language_model(config)``.
+        directory: made if needed; a checkpoint in it is overwritten.
+        params: of ``language_model(config)``.
+        config: the transformer's.
 
     Raises:
-        ValueError: a configuration without such a layout, parameters that are not those of the configuration.
+        ValueError: a configuration without such a layout, or parameters that are not those of the
+            configuration.
     """
     import safetensors.numpy
 
@@ -258,11 +279,15 @@ def save_safetensors(directory: Path, params: PyTree, config: TransformerConfig)
     (directory / _CONFIG).write_text(json.dumps(described, indent=2) + "\n")
 
 
-_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_GPT2_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
 
 
 def _describe(config: TransformerConfig) -> dict[str, Any]:
-    """The contents of ``config.json``."""
+    """Returns the contents of ``config.json``."""
     if _layout(config) is _LLAMA:
         return _describe_llama(config)
     return {
@@ -308,9 +333,13 @@ def from_hugging_face_config(directory: Path) -> TransformerConfig:
 
     Dropout is 0 whatever the file says: set it with ``dataclasses.replace`` to train with it.
 
+    Args:
+        directory: of the checkpoint.
+
     Raises:
         FileNotFoundError: no ``config.json``.
-        ValueError: another type of model, a missing size, or a variant that :class:`~fedjax_mtl.models.transformer.TransformerConfig` does not cover.
+        ValueError: another type of model, a missing size, or a variant that
+            :class:`~fedjax_mtl.models.transformer.TransformerConfig` does not cover.
     """
     file = pathlib.Path(directory) / _CONFIG
     if not file.is_file():
@@ -333,7 +362,7 @@ def from_hugging_face_config(directory: Path) -> TransformerConfig:
 
 
 def _refuse_variants(values: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Settings that change what the model computes must be absent or as expected."""
+    """Checks that settings that change what the model computes are absent or as expected."""
     for name, value in expected.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} = {values[name]!r} is not supported, only {value!r}")
@@ -351,7 +380,8 @@ def _read_gpt2(values: dict[str, Any]) -> TransformerConfig:
     activation = values.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
         raise ValueError(
-            f"activation_function = {activation!r} is not supported, only {tuple(_GPT2_ACTIVATIONS)}"
+            f"activation_function = {activation!r} is not supported, only "
+            f"{tuple(_GPT2_ACTIVATIONS)}"
         )
     return TransformerConfig(
         vocabulary=values["vocab_size"],
@@ -376,7 +406,8 @@ def _read_llama(values: dict[str, Any]) -> TransformerConfig:
     # Versions differ in whether they write the usual head_dim, as null or at all.
     if values.get("head_dim") not in (None, head_width):
         raise ValueError(
-            f"head_dim = {values['head_dim']} is not supported, only hidden_size / num_attention_heads"
+            f"head_dim = {values['head_dim']} is not supported, only hidden_size / "
+            "num_attention_heads"
         )
     # From version 5 on the rotary settings are a group of their own.
     rotary = values.get("rope_parameters") or {}
@@ -394,3 +425,28 @@ def _read_llama(values: dict[str, Any]) -> TransformerConfig:
         tied_embeddings=values.get("tie_word_embeddings", False),
     )
     return dataclasses.replace(shape, use_bias=bias)
+
+
+def checkpoint_model(vocabulary: int, *, directory: str | None = None) -> LanguageModel:
+    """Returns the language model of a checkpoint, without its weights.
+
+    Args:
+        vocabulary: how many different tokens the data have.
+        directory: of the checkpoint, see :func:`from_hugging_face_config`.
+
+    Raises:
+        InputError: no directory, or a model that knows fewer tokens.
+        FileNotFoundError: no ``config.json`` there.
+    """
+    if not directory:
+        raise InputError(
+            "config.model.directory is empty; name the folder of a GPT-2 or Llama checkpoint "
+            "(config.json, model.safetensors)"
+        )
+    shape = from_hugging_face_config(directory)
+    if shape.vocabulary < vocabulary:
+        raise InputError(
+            f"the tokenizer has {vocabulary} tokens but the model in {directory} "
+            f"{shape.vocabulary}; use its own tokenizer"
+        )
+    return language_model(shape)

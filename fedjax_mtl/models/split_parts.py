@@ -1,9 +1,11 @@
-"""The parts of a split model for dense prediction: patch embedding, trunks, task adaptation with head.
+"""The parts of a split model for dense prediction: patch embedding, trunks, task adaptation.
 
-Shapes follow FedBone's description (arXiv 2306.17465) with the decoder of DeMT (arXiv 2301.03461) reduced to one task; BatchNorm is replaced by GroupNorm.
+Shapes follow FedBone's description (arXiv 2306.17465) with the decoder of DeMT (arXiv 2301.03461)
+reduced to one task. BatchNorm is replaced by GroupNorm.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,11 +15,13 @@ from fedjax_mtl.core.model import Part
 from fedjax_mtl.models.convolution import PatchConv
 from fedjax_mtl.models.dense_prediction import resize_bilinear
 
+PyTree = Any
+
 
 def part_from_flax(module: nn.Module) -> Part:
-    """A part whose module takes its inputs alone."""
+    """Returns a part whose module takes its inputs alone."""
 
-    def init(key, inputs):
+    def init(key: jax.Array, inputs: PyTree) -> PyTree:
         zeros = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), inputs)
         return module.init(key, zeros)["params"]
 
@@ -25,7 +29,14 @@ def part_from_flax(module: nn.Module) -> Part:
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping patches, projected and normalised: ``[batch, h, w, c] -> [batch, h / patch, w / patch, width]``."""
+    """Non-overlapping patches, projected and normalised.
+
+    The shapes are ``[batch, h, w, c] -> [batch, h / patch, w / patch, width]``.
+
+    Attributes:
+        patch: height and width of a patch.
+        width: of the embedding.
+    """
 
     patch: int
     width: int
@@ -38,7 +49,12 @@ class PatchEmbedding(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Pre-norm self-attention and MLP over tokens, ``[batch, tokens, width]``."""
+    """Pre-norm self-attention and MLP over tokens, ``[batch, tokens, width]``.
+
+    Attributes:
+        heads: of the attention.
+        mlp_ratio: hidden units of the MLP for each channel.
+    """
 
     heads: int
     mlp_ratio: int = 2
@@ -53,7 +69,14 @@ class AttentionBlock(nn.Module):
 
 
 class ViTTrunk(nn.Module):
-    """A vision transformer without its embedding: learned positions and ``depth`` blocks; ``[batch, h, w, width]`` in and out."""
+    """A vision transformer without its embedding: learned positions and blocks.
+
+    The shape is ``[batch, h, w, width]``, in and out.
+
+    Attributes:
+        depth: how many blocks.
+        heads: of the attention.
+    """
 
     depth: int
     heads: int
@@ -72,9 +95,13 @@ class ViTTrunk(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """A hierarchical trunk: a stage of residual convolutions for each of ``channels``, each at half the resolution of the one before.
+    """A hierarchical trunk: stages of residual convolutions, each at half the resolution.
 
-    ``[batch, h, w, c]`` to the list of all stages' maps, as a Swin transformer gives its four.
+    It maps ``[batch, h, w, c]`` to the list of all stages' maps, as a Swin transformer gives its
+    four. The first stage keeps the resolution.
+
+    Attributes:
+        channels: of each stage.
     """
 
     channels: Sequence[int]
@@ -103,13 +130,19 @@ class ConvTrunk(nn.Module):
 def deformable_convolution(
     images: jax.Array, kernel: jax.Array, bias: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    """A 3x3 convolution, stride 1, same size, whose taps are displaced (Dai et al., arXiv 1703.06211, equation 2).
+    """Convolves 3x3, stride 1, to the same size, with taps that are displaced.
+
+    It samples bilinearly; outside the image is 0 (Dai et al., arXiv 1703.06211, equation 2).
 
     Args:
-        images: ``[batch, h, w, c]``. kernel: ``[3, 3, c, features]``. bias: ``[features]``.
-        offsets: ``[batch, h, w, 9, 2]``, ``(dy, dx)`` in pixels; tap ``3 * row + column`` of the kernel.
+        images: ``[batch, h, w, c]``.
+        kernel: ``[3, 3, c, features]``.
+        bias: ``[features]``.
+        offsets: ``[batch, h, w, 9, 2]``, ``(dy, dx)`` in pixels, for tap ``3 * row + column`` of
+            the kernel.
 
-    Sampled bilinearly; outside the image is 0. Returns ``[batch, h, w, features]``.
+    Returns:
+        The outputs, ``[batch, h, w, features]``.
     """
     batch, height, width, channels = images.shape
     taps = jnp.stack(
@@ -123,7 +156,7 @@ def deformable_convolution(
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(batch, -1, channels)
     limit = jnp.array([height + 1, width + 1])
 
-    def corner(y, x):
+    def corner(y: int, x: int) -> jax.Array:
         at = jnp.clip(low.astype(jnp.int32) + jnp.array([y, x]) + 1, 0, limit)
         flat = (at[..., 0] * (width + 2) + at[..., 1]).reshape(batch, -1)
         values = jnp.take_along_axis(padded, flat[..., None], axis=1).reshape(
@@ -140,7 +173,13 @@ def deformable_convolution(
 
 
 class DeformableConv(nn.Module):
-    """:func:`deformable_convolution` with offsets from a 3x3 convolution that starts at zero, so it starts as an ordinary convolution."""
+    """A :func:`deformable_convolution` whose offsets come from a 3x3 convolution.
+
+    That convolution starts at zero, so the layer starts as an ordinary convolution.
+
+    Attributes:
+        features: output channels.
+    """
 
     features: int
 
@@ -157,10 +196,21 @@ class DeformableConv(nn.Module):
 
 
 class TaskAdaptation(nn.Module):
-    """The client's upper part: channel reduction, point-wise and deformable convolution, self-attention, head; to full resolution.
+    """The client's upper part, to full resolution.
 
-    ``[batch, h, w, c]`` or a list of such maps of falling resolution to ``[batch, height, width, outputs]``. With ``classify`` the mean over tokens and a linear
-    layer instead of the dense head, ``[batch, outputs]``.
+    It is a channel reduction, point-wise and deformable convolutions, self-attention and a head. It
+    maps ``[batch, h, w, c]``, or a list of such maps of falling resolution, to
+    ``[batch, height, width, outputs]``.
+
+    Attributes:
+        width: channels after the reduction.
+        outputs: of the head.
+        image_size: height and width of the outputs.
+        depth: how many pairs of a point-wise and a deformable convolution.
+        heads: of the attention.
+        head_width: channels inside the dense head.
+        classify: in place of the dense head take the mean over tokens and a linear layer, which
+            gives ``[batch, outputs]``.
     """
 
     width: int
@@ -193,10 +243,13 @@ class TaskAdaptation(nn.Module):
         return resize_bilinear(y, *self.image_size)
 
     def interact(self, x: jax.Array) -> jax.Array:
-        """Self-attention over tokens, then attention of the tokens to its result."""
+        """Applies self-attention over tokens, then attention of the tokens to its result."""
         batch, height, width, channels = x.shape
         tokens = x.reshape(batch, height * width, channels)
-        attend = lambda name: nn.MultiHeadDotProductAttention(self.heads, name=name)  # noqa: E731
+
+        def attend(name: str) -> nn.MultiHeadDotProductAttention:
+            return nn.MultiHeadDotProductAttention(self.heads, name=name)
+
         told = nn.LayerNorm(name="self_norm")(
             nn.Dense(channels, name="self_out")(attend("self")(tokens, tokens))
         )
@@ -208,20 +261,40 @@ class TaskAdaptation(nn.Module):
 
 
 def patch_embedding(patch: int, width: int) -> Part:
-    """The clients' lower part."""
+    """Returns the clients' lower part, a :class:`PatchEmbedding`."""
     return part_from_flax(PatchEmbedding(patch, width))
 
 
 def vit_trunk(depth: int, heads: int) -> Part:
-    """A transformer trunk; it keeps the shape of the embeddings."""
+    """Returns a transformer trunk, a :class:`ViTTrunk`; it keeps the shape of the embeddings."""
     return part_from_flax(ViTTrunk(depth, heads))
 
 
 def conv_trunk(channels: Sequence[int]) -> Part:
-    """A hierarchical convolutional trunk; channels divisible by 8."""
+    """Returns a hierarchical convolutional trunk, a :class:`ConvTrunk`; channels divisible by 8."""
     return part_from_flax(ConvTrunk(tuple(channels)))
 
 
-def task_adaptation(width: int, outputs: int, image_size: tuple[int, int], **settings) -> Part:
-    """The clients' upper part; see :class:`TaskAdaptation`."""
-    return part_from_flax(TaskAdaptation(width, outputs, image_size, **settings))
+def task_adaptation(
+    width: int,
+    outputs: int,
+    image_size: tuple[int, int],
+    *,
+    depth: int = 1,
+    heads: int = 4,
+    head_width: int = 16,
+    classify: bool = False,
+) -> Part:
+    """Returns the clients' upper part, a :class:`TaskAdaptation`.
+
+    Args:
+        width: channels after the reduction.
+        outputs: of the head.
+        image_size: height and width of the outputs.
+        depth: how many pairs of a point-wise and a deformable convolution.
+        heads: of the attention.
+        head_width: channels inside the dense head.
+        classify: one output an image in place of one a pixel.
+    """
+    module = TaskAdaptation(width, outputs, image_size, depth, heads, head_width, classify=classify)
+    return part_from_flax(module)

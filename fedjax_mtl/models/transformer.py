@@ -1,9 +1,16 @@
-"""Decoder-only transformers (GPT-2, Llama and small ones) as pairs of pure functions, with a key/value cache for decoding.
+"""Decoder-only transformers (GPT-2, Llama and small ones), with a key/value cache for decoding.
 
-Every matrix product with trained weights, except the embedding lookups and a tied unembedding, is a ``flax.linen.Dense``, so that adapters can be
-put around them by path: ``blocks_0/attention/{query,key,value,output}`` (GPT-2: ``blocks_0/attention/query_key_value`` and ``output``),
-``blocks_0/mlp/{up,down}`` (SwiGLU: and ``gate``), ``unembedding`` when it is not tied. The other parameters are ``token_embedding``,
-``position_embedding`` when positions are learned, ``blocks_0/{attention_norm,mlp_norm}`` and ``final_norm``.
+They are pairs of pure functions. Every matrix product with trained weights, except the embedding
+lookups and a tied unembedding, is a ``flax.linen.Dense``, so that adapters can be put around them
+by path. These paths are:
+
+* ``blocks_0/attention/{query,key,value,output}``, for GPT-2 ``blocks_0/attention/query_key_value``
+  and ``output``;
+* ``blocks_0/mlp/{up,down}``, for SwiGLU also ``gate``;
+* ``unembedding`` when it is not tied.
+
+The other parameters are ``token_embedding``, ``position_embedding`` when positions are learned,
+``blocks_0/{attention_norm,mlp_norm}`` and ``final_norm``.
 """
 
 import dataclasses
@@ -37,19 +44,30 @@ class TransformerConfig:
     """The shape of a decoder-only transformer with pre-norm blocks.
 
     Attributes:
-        vocabulary, width, num_layers, num_heads, mlp_width: sizes. A head has ``width / num_heads`` channels.
+        vocabulary: how many different tokens there are.
+        width: channels of the residual stream.
+        num_layers: how many blocks.
+        num_heads: heads of the queries; a head has ``width / num_heads`` channels.
+        mlp_width: hidden units of a block's MLP.
         max_length: tokens of the longest sequence.
-        num_key_value_heads: heads of keys and values, each shared by ``num_heads / num_key_value_heads`` queries; None, and kept as None, for ``num_heads``.
-        normalisation: ``"layer"`` or ``"rms"``. norm_epsilon: added to the variance.
-        positions: ``"learned"`` embeddings or ``"rotary"`` (half-split rotation of queries and keys with base ``rotary_base``).
-        activation: of the MLP; ``"gelu"`` is the exact one, ``"gelu_tanh"`` its approximation, ``"swiglu"`` adds a gate.
+        num_key_value_heads: heads of keys and values, each shared by
+            ``num_heads / num_key_value_heads`` queries; None, and kept as None, for ``num_heads``.
+        normalisation: ``"layer"`` or ``"rms"``.
+        norm_epsilon: added to the variance.
+        positions: ``"learned"`` embeddings or ``"rotary"`` (half-split rotation of queries and
+            keys).
+        rotary_base: base of the rotary wavelengths.
+        activation: of the MLP; ``"gelu"`` is the exact one, ``"gelu_tanh"`` its approximation,
+            ``"swiglu"`` adds a gate.
         use_bias: of the dense layers and of layer normalisation; the unembedding has none.
         fused_attention: one matrix for query, key and value, in this order.
         tied_embeddings: logits are inner products with the token embeddings.
-        dropout: rate on the embeddings, on the attention weights and on what a block adds to the residual stream.
+        dropout: rate on the embeddings, on the attention weights and on what a block adds to the
+            residual stream.
 
     Raises:
-        ValueError: a size that is not positive, an unknown name, heads that do not divide, a rate outside [0, 1).
+        ValueError: a size that is not positive, an unknown name, heads that do not divide, or a
+            rate outside [0, 1).
     """
 
     vocabulary: int
@@ -95,11 +113,13 @@ class TransformerConfig:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if self.num_heads % self.key_value_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} is not divisible by num_key_value_heads {self.key_value_heads}"
+                f"num_heads {self.num_heads} is not divisible by num_key_value_heads "
+                f"{self.key_value_heads}"
             )
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(
-                f"rotary positions need heads of even width, got {self.width} / {self.num_heads} = {self.head_width}"
+                "rotary positions need heads of even width, "
+                f"got {self.width} / {self.num_heads} = {self.head_width}"
             )
 
     @property
@@ -122,7 +142,18 @@ def tiny_transformer(
     *,
     max_length: int,
 ) -> TransformerConfig:
-    """A small transformer for synthetic sequences: layer normalisation, exact GELU, learned positions, no biases, untied."""
+    """Returns a small transformer for synthetic sequences.
+
+    It has layer normalisation, exact GELU, learned positions, no biases and no tied embeddings.
+
+    Args:
+        vocabulary: how many different tokens there are.
+        width: channels of the residual stream.
+        num_layers: how many blocks.
+        num_heads: heads of the attention.
+        mlp_width: hidden units of a block's MLP.
+        max_length: tokens of the longest sequence.
+    """
     return TransformerConfig(
         vocabulary, width, num_layers, num_heads, mlp_width, max_length, use_bias=False
     )
@@ -139,7 +170,11 @@ _GPT2_SIZES = {
 def gpt2(
     size: Literal["small", "medium", "large", "xl"] = "small", dropout: float = 0.0
 ) -> TransformerConfig:
-    """GPT-2 (124, 355, 774 or 1558 million parameters); its authors trained with dropout 0.1.
+    """Returns GPT-2 (124, 355, 774 or 1558 million parameters).
+
+    Args:
+        size: ``small``, ``medium``, ``large`` or ``xl``.
+        dropout: the rate; its authors trained with 0.1.
 
     Raises:
         ValueError: unknown size.
@@ -174,7 +209,11 @@ def llama(
     rotary_base: float = 10_000.0,
     tied_embeddings: bool = False,
 ) -> TransformerConfig:
-    """A transformer of the Llama family: RMS normalisation, rotary positions, SwiGLU, no biases."""
+    """Returns a transformer of the Llama family.
+
+    It has RMS normalisation, rotary positions, SwiGLU and no biases. The arguments are those of
+    :class:`TransformerConfig`.
+    """
     return TransformerConfig(
         vocabulary,
         width,
@@ -194,19 +233,21 @@ def llama(
 
 
 def data_juicer() -> TransformerConfig:
-    """The shape of the 1.3-billion Llama trained on Data-Juicer's refined data (1,345,423,360 parameters).
+    """Returns the shape of the 1.3-billion Llama trained on Data-Juicer's refined data.
 
-    Width 2048 and 24 layers are given; 16 heads, MLP 5504, vocabulary 32000, 2048 tokens and epsilon 1e-6 are choices, those of Llama models of this
-    size. For a downloaded checkpoint read its own configuration.
+    It has 1,345,423,360 parameters. Width 2048 and 24 layers are given; 16 heads, MLP 5504,
+    vocabulary 32000, 2048 tokens and epsilon 1e-6 are choices, those of Llama models of this size.
+    For a downloaded checkpoint read its own configuration.
     """
     return llama(32_000, 2048, 24, 16, 5504)
 
 
 class KeyValues(NamedTuple):
-    """What one block remembers of the tokens seen so far; entry ``p`` is the token at position ``p``.
+    """What one block remembers of the tokens seen so far, by position.
 
     Attributes:
-        keys, values: ``[batch, length, key_value_heads, head_width]``.
+        keys: ``[batch, length, key_value_heads, head_width]``.
+        values: ``[batch, length, key_value_heads, head_width]``.
     """
 
     keys: jax.Array
@@ -214,19 +255,30 @@ class KeyValues(NamedTuple):
 
 
 def _write(cache: KeyValues, positions: jax.Array, keys: jax.Array, values: jax.Array) -> KeyValues:
-    """Puts ``[batch, positions, heads, head_width]`` at ``positions`` ``[batch, positions]``; those outside of the cache are dropped."""
+    """Puts ``[batch, positions, heads, head_width]`` at ``positions`` ``[batch, positions]``.
+
+    Those outside of the cache are dropped.
+    """
     rows = jnp.arange(keys.shape[0])[:, None]
-    put = lambda old, new: old.at[rows, positions].set(new.astype(old.dtype), mode="drop")  # noqa: E731
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[rows, positions].set(new.astype(old.dtype), mode="drop")
+
     return KeyValues(put(cache.keys, keys), put(cache.values, values))
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions (Su et al., arXiv 2104.09864), channel ``i`` paired with ``i + head_width / 2``.
+    """Applies rotary positions (Su et al., arXiv 2104.09864).
+
+    Channel ``i`` is paired with ``i + head_width / 2``.
 
     Args:
-        x: ``[batch, length, heads, head_width]``. positions: int ``[batch or 1, length]``. base: of the wavelengths.
+        x: ``[batch, length, heads, head_width]``.
+        positions: int ``[batch or 1, length]``.
+        base: of the wavelengths.
 
-    Returns ``[batch, length, heads, head_width]``.
+    Returns:
+        The rotated values, ``[batch, length, heads, head_width]``.
     """
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -239,13 +291,16 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
 
 
 def _dense(config: TransformerConfig, features: int, name: str, scale: float = 1.0) -> nn.Dense:
-    """A dense layer whose weights have variance ``scale / inputs``."""
+    """Returns a dense layer whose weights have variance ``scale / inputs``."""
     init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
     return nn.Dense(features, use_bias=config.use_bias, kernel_init=init, name=name)
 
 
 def _residual_dense(config: TransformerConfig, name: str) -> nn.Dense:
-    """The last layer of a branch; so scaled that the residual stream's variance does not grow with depth (GPT-2)."""
+    """Returns the last layer of a branch.
+
+    It is so scaled that the residual stream's variance does not grow with depth (GPT-2).
+    """
     return _dense(config, config.width, name, 1 / (2 * config.num_layers))
 
 
@@ -259,7 +314,11 @@ def _norm(config: TransformerConfig, name: str) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, grouped-query when there are fewer heads of keys than of queries."""
+    """Causal self-attention, grouped-query when there are fewer heads of keys than of queries.
+
+    Attributes:
+        config: of the transformer.
+    """
 
     config: TransformerConfig
 
@@ -267,9 +326,19 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, positions: jax.Array, cache: KeyValues | None, train: bool
     ) -> tuple[jax.Array, KeyValues | None]:
-        """``[batch, length, width]`` in and out; ``positions`` int ``[batch or 1, length]``.
+        """Attends causally, ``[batch, length, width]`` in and out.
 
-        Without a cache tokens attend among themselves; with one, to everything in it at their own or an earlier position.
+        Without a cache tokens attend among themselves; with one, to everything in it at their own
+        or an earlier position.
+
+        Args:
+            x: ``[batch, length, width]``.
+            positions: int ``[batch or 1, length]``.
+            cache: keys and values of the tokens so far, or None.
+            train: whether dropout is on.
+
+        Returns:
+            The branch's output, and the cache with these tokens in it.
         """
         query, keys, values = self.project(x)
         if self.config.positions == "rotary":
@@ -283,7 +352,11 @@ class Attention(nn.Module):
         return _residual_dense(self.config, "output")(mixed), cache
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Query ``[batch, length, num_heads, head_width]``, key and value ``[batch, length, key_value_heads, head_width]``."""
+        """Returns queries, keys and values of the tokens.
+
+        Queries are ``[batch, length, num_heads, head_width]``, keys and values
+        ``[batch, length, key_value_heads, head_width]``.
+        """
         config = self.config
         heads = (config.num_heads, config.key_value_heads, config.key_value_heads)
         widths = [number * config.head_width for number in heads]
@@ -304,7 +377,10 @@ class Attention(nn.Module):
     def mix(
         self, query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, train: bool
     ) -> jax.Array:
-        """The weighted means of the values, ``[batch, length, width]``; ``visible`` bool ``[batch or 1, length, keys]``."""
+        """Returns the weighted means of the values, ``[batch, length, width]``.
+
+        ``visible`` is bool ``[batch or 1, length, keys]``: which tokens see which keys.
+        """
         config = self.config
         batch, length = query.shape[:2]
         query = query.reshape(batch, length, config.key_value_heads, -1, config.head_width)
@@ -316,8 +392,12 @@ class Attention(nn.Module):
         return jnp.einsum("bhglk,bkhc->blhgc", weights, values).reshape(batch, length, config.width)
 
 
-class MLP(nn.Module):
-    """The block's second half, ``[batch, length, width]`` in and out."""
+class TransformerMLP(nn.Module):
+    """The block's second half, ``[batch, length, width]`` in and out.
+
+    Attributes:
+        config: of the transformer.
+    """
 
     config: TransformerConfig
 
@@ -332,8 +412,12 @@ class MLP(nn.Module):
         return _residual_dense(config, "down")(hidden)
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP; arguments and results as :class:`Attention`."""
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP; arguments and results are those of :class:`Attention`.
+
+    Attributes:
+        config: of the transformer.
+    """
 
     config: TransformerConfig
 
@@ -346,11 +430,15 @@ class Block(nn.Module):
         branch, cache = Attention(self.config, name="attention")(normed, positions, cache, train)
         x = x + drop(branch)
         normed = _norm(self.config, "mlp_norm")(x)
-        return x + drop(MLP(self.config, name="mlp")(normed)), cache
+        return x + drop(TransformerMLP(self.config, name="mlp")(normed)), cache
 
 
 class Transformer(nn.Module):
-    """The whole network, layers unrolled."""
+    """The whole network, layers unrolled.
+
+    Attributes:
+        config: of the transformer.
+    """
 
     config: TransformerConfig
 
@@ -362,7 +450,14 @@ class Transformer(nn.Module):
         cache: tuple[KeyValues, ...] | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, tuple[KeyValues, ...] | None]:
-        """Logits ``[batch, length, vocabulary]`` and the new cache, of int ``tokens [batch, length]``, ``positions [batch or 1, length]``."""
+        """Returns logits ``[batch, length, vocabulary]`` and the new cache.
+
+        Args:
+            tokens: int ``[batch, length]``.
+            positions: int ``[batch or 1, length]``.
+            cache: one entry a block, or None.
+            train: whether dropout is on.
+        """
         config = self.config
         initial = nn.initializers.normal(0.02)
         embedding = nn.Embed(
@@ -375,9 +470,9 @@ class Transformer(nn.Module):
             )
             x = x + table(positions)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
-        remembered = []
+        remembered: list[Any] = []
         for index in range(config.num_layers):
-            block = Block(config, name=f"blocks_{index}")
+            block = TransformerBlock(config, name=f"blocks_{index}")
             x, layer = block(x, positions, None if cache is None else cache[index], train)
             remembered.append(layer)
         x = _norm(config, "final_norm")(x)
@@ -392,32 +487,41 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(NamedTuple):
-    """A model of token sequences; ``init`` and ``apply`` are those of a :class:`~fedjax_mtl.core.model.Model`.
+    """A model of token sequences.
+
+    ``init`` and ``apply`` are those of a :class:`~fedjax_mtl.core.model.Model`.
 
     Attributes:
         init: ``key -> params``, a plain pytree.
-        apply: ``(params, tokens int [batch, length], key) -> logits [batch, length, vocabulary]``; a key means training (dropout), None evaluation.
-        empty_cache: ``(batch, length, dtype=float32) -> cache``, room for sequences of ``length`` tokens, prompt included.
-        step: ``(params, tokens int [batch, positions], cache, start int [batch]) -> (logits [batch, positions, vocabulary], cache)``: what ``apply`` gives for
-            ``tokens`` that stand at ``start, start + 1, ...`` of their own sequence, after the tokens whose keys and values are in the cache at earlier
-            positions. Later entries are not read, so a prompt may be padded on the right and its padding overwritten.
-        prefix: virtual tokens that stand before every sequence: ``step`` counts positions from the first of them, ``apply`` adds them itself.
+        apply: ``(params, tokens int [batch, length], key) -> logits [batch, length, vocabulary]``;
+            a key means training (dropout), None evaluation.
+        empty_cache: ``(batch, length, dtype=float32) -> cache``, room for sequences of ``length``
+            tokens, prompt included.
+        step: ``(params, tokens int [batch, positions], cache, start int [batch]) -> (logits [batch,
+            positions, vocabulary], cache)``. It gives what ``apply`` gives for ``tokens`` that
+            stand at ``start, start + 1, ...`` of their own sequence, after the tokens whose keys
+            and values are in the cache at earlier positions. Later entries are not read, so a
+            prompt may be padded on the right and its padding overwritten.
+        prefix: virtual tokens that stand before every sequence: ``step`` counts positions from the
+            first of them, ``apply`` adds them itself.
     """
 
     init: Callable[[jax.Array], PyTree]
-    apply: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
+    apply: Callable[[PyTree, PyTree, jax.Array | None], jax.Array]
     empty_cache: Callable[..., PyTree]
     step: Callable[[PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
     prefix: int = 0
 
 
 def language_model(config: TransformerConfig) -> LanguageModel:
-    """The transformer of a configuration.
+    """Returns the transformer of a configuration.
 
-    Weights start as GPT-2's do (embeddings N(0, 0.02), branches scaled down with depth), with variance 1 / inputs for the dense layers.
+    Weights start as GPT-2's do (embeddings N(0, 0.02), branches scaled down with depth), with
+    variance 1 / inputs for the dense layers.
 
     Raises:
-        ValueError: (at trace) ``apply`` or ``empty_cache`` with more than ``max_length`` tokens, ``step`` with more than the cache holds.
+        ValueError: (at trace) ``apply`` or ``empty_cache`` with more than ``max_length`` tokens, or
+            ``step`` with more than the cache holds.
     """
     module = Transformer(config)
 
@@ -427,11 +531,11 @@ def language_model(config: TransformerConfig) -> LanguageModel:
                 f"{length} tokens exceed the model's max_length of {config.max_length}"
             )
 
-    def init(key):
+    def init(key: jax.Array) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return module.init({"params": key}, tokens, tokens)["params"]
 
-    def apply(params, tokens, key=None):
+    def apply(params: PyTree, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
         check(tokens.shape[1])
         positions = jnp.arange(tokens.shape[1])[None]
         rngs = None if key is None else {"dropout": key}
@@ -439,7 +543,7 @@ def language_model(config: TransformerConfig) -> LanguageModel:
             {"params": params}, tokens, positions, train=key is not None, rngs=rngs
         )[0]
 
-    def empty_cache(batch, length, dtype=jnp.float32):
+    def empty_cache(batch: int, length: int, dtype: Any = jnp.float32) -> tuple[KeyValues, ...]:
         check(length)
         shape = (batch, length, config.key_value_heads, config.head_width)
         return tuple(
@@ -447,7 +551,9 @@ def language_model(config: TransformerConfig) -> LanguageModel:
             for _ in range(config.num_layers)
         )
 
-    def step(params, tokens, cache, start):
+    def step(
+        params: PyTree, tokens: jax.Array, cache: PyTree, start: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
         room = cache[0].keys.shape[1]
         if tokens.shape[1] > room:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit into a cache of length {room}")
@@ -455,3 +561,27 @@ def language_model(config: TransformerConfig) -> LanguageModel:
         return module.apply({"params": params}, tokens, positions, cache)
 
     return LanguageModel(init, apply, empty_cache, step)
+
+
+def small_language_model(
+    vocabulary: int,
+    *,
+    width: int = 32,
+    num_layers: int = 1,
+    num_heads: int = 2,
+    mlp_width: int = 64,
+    max_length: int = 64,
+) -> LanguageModel:
+    """Returns the model of a :func:`tiny_transformer`.
+
+    Args:
+        vocabulary: how many different tokens there are.
+        width: channels of the residual stream.
+        num_layers: how many blocks.
+        num_heads: heads of the attention.
+        mlp_width: hidden units of a block's MLP.
+        max_length: tokens of the longest sequence.
+    """
+    return language_model(
+        tiny_transformer(vocabulary, width, num_layers, num_heads, mlp_width, max_length=max_length)
+    )

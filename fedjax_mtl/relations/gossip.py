@@ -1,6 +1,7 @@
 """Communication graphs of decentralised training, and the mixing matrices on them.
 
-All plain numpy and networkx (imported where used): a mixing matrix is made once, before anything is compiled.
+All is plain numpy and networkx (imported where it is used): a mixing matrix is made once, before
+anything is compiled.
 """
 
 from __future__ import annotations
@@ -9,26 +10,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedjax_mtl.core.checks import check_choice
+
 if TYPE_CHECKING:
     import networkx as nx
 
 
-def complete(num_clients: int) -> nx.Graph:
-    """Everybody talks to everybody."""
+def complete_graph(num_clients: int) -> nx.Graph:
+    """Returns the graph in which everybody talks to everybody."""
     import networkx as nx
 
     return nx.complete_graph(num_clients)
 
 
 def ring(num_clients: int) -> nx.Graph:
-    """Each client talks to two neighbours (of two clients or one, to whoever there is)."""
+    """Returns the graph in which each client talks to two neighbours.
+
+    Of two clients or one, each talks to whoever there is.
+    """
     import networkx as nx
 
     return nx.cycle_graph(num_clients) if num_clients > 2 else nx.path_graph(num_clients)
 
 
 def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx.Graph:
-    """Each pair is connected with this probability (FedEM's decentralised experiments: 0.5); redrawn until connected.
+    """Returns a random graph that is connected: it is redrawn until it is.
+
+    Args:
+        num_clients: how many nodes.
+        probability: with which each pair is connected; 0.5 in FedEM's decentralised experiments.
+        seed: of the first draw.
 
     Raises:
         ValueError: no connected graph in 1000 draws.
@@ -40,12 +51,20 @@ def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx
         if nx.is_connected(graph):
             return graph
     raise ValueError(
-        f"no connected Erdos-Renyi graph of {num_clients} clients in 1000 draws at probability {probability}; "
-        f"raise it well above log(clients) / clients = {np.log(num_clients) / num_clients:.3f}"
+        f"no connected Erdos-Renyi graph of {num_clients} clients in 1000 draws at probability "
+        f"{probability}; raise it well above log(clients) / clients = "
+        f"{np.log(num_clients) / num_clients:.3f}"
     )
 
 
-def _check(graph: nx.Graph) -> None:
+def adjacency_of(graph: nx.Graph) -> np.ndarray:
+    """Returns 1 where two clients are connected and 0 elsewhere, ``[clients, clients]``."""
+    import networkx as nx
+
+    return nx.to_numpy_array(graph)
+
+
+def _check_connected(graph: nx.Graph) -> None:
     import networkx as nx
 
     if not nx.is_connected(graph):
@@ -57,11 +76,12 @@ def _check(graph: nx.Graph) -> None:
 
 
 def metropolis_weights(graph: nx.Graph) -> np.ndarray:
-    """Metropolis-Hastings weights ``[clients, clients]``: ``W_ij = 1 / (1 + max(d_i, d_j))`` on edges, the rest on the diagonal.
+    """Returns the Metropolis-Hastings weights of a connected graph, ``[clients, clients]``.
 
-    Symmetric and doubly stochastic, from degrees alone.
+    They are ``W_ij = 1 / (1 + max(d_i, d_j))`` on edges, from degrees alone; the rest of each row
+    stands on the diagonal. The matrix is symmetric and doubly stochastic.
     """
-    _check(graph)
+    _check_connected(graph)
     count = graph.number_of_nodes()
     weights = np.zeros((count, count))
     for i, j in graph.edges:
@@ -71,13 +91,16 @@ def metropolis_weights(graph: nx.Graph) -> np.ndarray:
 
 
 def mixing_rate(weights: np.ndarray) -> float:
-    """The second largest eigenvalue modulus of a symmetric mixing matrix; the disagreement of clients shrinks by it in each gossip step."""
+    """Returns the second largest eigenvalue modulus of a symmetric mixing matrix.
+
+    The disagreement of the clients shrinks by this factor in each gossip step.
+    """
     count = len(weights)
     return float(np.abs(np.linalg.eigvalsh(weights - np.ones((count, count)) / count)).max())
 
 
 def _project_vertex(values: np.ndarray, limit: float) -> np.ndarray:
-    """The closest point with entries >= 0 that sum to at most ``limit``."""
+    """Returns the closest point with entries >= 0 that sum to at most ``limit``."""
     clipped = np.maximum(values, 0)
     if clipped.sum() <= limit:
         return clipped
@@ -88,11 +111,22 @@ def _project_vertex(values: np.ndarray, limit: float) -> np.ndarray:
 
 
 def fastest_mixing_weights(graph: nx.Graph, iterations: int = 300) -> np.ndarray:
-    """Approximates the fastest mixing Markov chain on a graph, symmetric ``[clients, clients]``, with ``W_ii >= 0``.
+    """Approximates the fastest mixing Markov chain on a graph.
 
-    Boyd, Diaconis, Xiao, SIAM Review 46 (2004): minimise :func:`mixing_rate` over the edges' weights. The problem is convex; this is their projected
-    subgradient method (section 5) with step 1/k, from Metropolis-Hastings weights, keeping the best iterate. FedEM's decentralised experiments use this chain;
-    their released code also forces ``W_ii = 0``, so that each client throws its own model away: see :func:`without_self_loops`.
+    It minimises :func:`mixing_rate` over the weights of the edges, with ``W_ii >= 0`` (Boyd,
+    Diaconis, Xiao, SIAM Review 46, 2004). The problem is convex. This is the paper's projected
+    subgradient method (section 5) with step 1/k, from Metropolis-Hastings weights, and it keeps the
+    best iterate.
+
+    FedEM's decentralised experiments use this chain. Their released code also forces ``W_ii = 0``,
+    so that each client throws its own model away: see :func:`without_self_loops`.
+
+    Args:
+        graph: connected.
+        iterations: how many subgradient steps.
+
+    Returns:
+        The mixing matrix, symmetric, ``[clients, clients]``.
     """
     best = metropolis_weights(graph)
     best_rate = mixing_rate(best)
@@ -128,12 +162,18 @@ def _from_edges(values: np.ndarray, edges: np.ndarray, count: int) -> np.ndarray
 
 
 def without_self_loops(weights: np.ndarray, iterations: int = 1000) -> np.ndarray:
-    """The mixing matrix with its diagonal forced to zero, symmetric and doubly stochastic again (Sinkhorn's iteration).
+    """Forces the diagonal of a mixing matrix to zero, by Sinkhorn's iteration.
 
-    This is the defect of FedEM's released code, for comparison with it.
+    The result is symmetric and doubly stochastic again. This is the defect of FedEM's released
+    code, for comparison with it.
+
+    Args:
+        weights: the mixing matrix, ``[clients, clients]``.
+        iterations: of Sinkhorn's scaling.
 
     Raises:
-        ValueError: no such matrix on this graph, e.g. a client with a single neighbour that others need too.
+        ValueError: there is no such matrix on this graph, e.g. for a client with a single neighbour
+            that others need too.
     """
     result = weights - np.diag(np.diag(weights))
     for _ in range(iterations):
@@ -142,3 +182,20 @@ def without_self_loops(weights: np.ndarray, iterations: int = 1000) -> np.ndarra
     if np.abs(result.sum(axis=1) - 1).max() > 1e-6:
         raise ValueError("this graph admits no doubly stochastic matrix with a zero diagonal")
     return result
+
+
+def mixing_matrix(
+    graph: nx.Graph, *, weights: str = "fastest", self_loops: bool = True
+) -> np.ndarray:
+    """Returns the mixing matrix on a graph, float32 ``[clients, clients]``.
+
+    Args:
+        graph: who talks to whom.
+        weights: ``fastest`` (:func:`fastest_mixing_weights`) or ``metropolis``
+            (:func:`metropolis_weights`).
+        self_loops: whether a client's own model counts; see :func:`without_self_loops`.
+    """
+    check_choice("weights", weights, ("fastest", "metropolis"))
+    weigh = fastest_mixing_weights if weights == "fastest" else metropolis_weights
+    matrix = weigh(graph) if self_loops else without_self_loops(weigh(graph))
+    return matrix.astype(np.float32)

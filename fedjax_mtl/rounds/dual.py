@@ -1,10 +1,11 @@
-"""A round of the methods in the dual: their state, its objective, the nodes' work and what the server does with it.
+"""A round of the methods in the dual: state, objective, the nodes' work and the server's.
 
 MOCHA (arXiv 1705.10467), CoCoA and mini-batch SDCA minimise
 
     P(W) = sum_t mean_i loss(w_t . x_ti, y_ti) + penalty / 2 tr(W^T Omega W),    Sigma = Omega^-1
 
-with one linear model a task, every task counting alike. They differ in what a node does and how its change is scaled; all else is here.
+with one linear model a task, every task counting alike. They differ in what a node does and how its
+change is scaled; all else is here.
 """
 
 from collections.abc import Callable
@@ -14,17 +15,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_mtl.core.federation import Cohort, Federation
+from fedjax_mtl.core import trees
+from fedjax_mtl.core.algorithm import Info
+from fedjax_mtl.core.checks import InputError
+from fedjax_mtl.core.federation import ClientView, Cohort, Federation
 from fedjax_mtl.execution import Execution, make_execution, map_clients
-from fedjax_mtl.rounds.dual_ascent import Change, Subproblem, inexactness_bound
-from fedjax_mtl.rounds.federated import client_key
+from fedjax_mtl.rounds.dual_ascent import Change, Subproblem, full_precision, inexactness_bound
+from fedjax_mtl.rounds.engine import (
+    client_key,
+    client_view,
+    cohort_inputs,
+    is_finite,
+    without,
+)
 from fedjax_mtl.tasks.dual import DualLoss
 
 PyTree = Any
 
 
 class DualNodes(NamedTuple):
-    """What belongs to the nodes: dual variables ``alpha`` ``[tasks, capacity]``, which never travel, and models ``weights`` ``[tasks, features]``."""
+    """What belongs to the nodes.
+
+    Attributes:
+        alpha: ``[tasks, capacity]``, the dual variables, which never travel.
+        weights: ``[tasks, features]``, the models.
+    """
 
     alpha: jax.Array
     weights: jax.Array
@@ -36,8 +51,10 @@ class DualState(NamedTuple):
     Attributes:
         round: int32 ``[]``.
         clients: the nodes'.
-        dual_sums: ``[tasks, features]``, ``X_t^T alpha_t / n_t``. The model is ``Sigma dual_sums / penalty``.
-        covariance: Sigma ``[tasks, tasks]``. sigma_prime: ``[]``, its bound.
+        dual_sums: ``[tasks, features]``, ``X_t^T alpha_t / n_t``. The model is
+            ``Sigma dual_sums / penalty``.
+        covariance: ``[tasks, tasks]``, Sigma.
+        sigma_prime: ``[]``, its bound.
     """
 
     round: jax.Array
@@ -48,7 +65,14 @@ class DualState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Primal and dual value and their difference, ``[]`` each; ``losses`` ``[tasks]``, each task's mean loss."""
+    """The value of a state on its training data.
+
+    Attributes:
+        primal: ``[]``.
+        dual: ``[]``.
+        gap: ``[]``, their difference.
+        losses: ``[tasks]``, each task's mean loss.
+    """
 
     primal: jax.Array
     dual: jax.Array
@@ -57,7 +81,10 @@ class Objective(NamedTuple):
 
 
 def node_block(examples: PyTree, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A node's ``inputs [capacity, features]`` and ``labels [capacity]``; linear models are small, so the block is gathered once a round."""
+    """A node's ``inputs [capacity, features]`` and ``labels [capacity]``.
+
+    Linear models are small, so the block is gathered once a round.
+    """
     return examples["inputs"][rows], examples["labels"][rows].astype(examples["inputs"].dtype)
 
 
@@ -71,6 +98,12 @@ def zero_state(
     return DualState(jnp.zeros((), jnp.int32), nodes, models, covariance, sigma_prime)
 
 
+def models_of(covariance: jax.Array, dual_sums: jax.Array, penalty: float | jax.Array) -> jax.Array:
+    """The models ``Sigma B / penalty``, ``[tasks, features]``, in full precision on any device."""
+    return trees.mix_clients(covariance, dual_sums) / penalty
+
+
+@full_precision
 def objective(
     loss: DualLoss,
     penalty: float | jax.Array,
@@ -82,12 +115,19 @@ def objective(
 ) -> Objective:
     """``P(W)``, ``D(alpha)`` and the gap of a state on its training data.
 
-    ``D(alpha) = -sum_t mean_i conj(-alpha_ti) - 1 / (2 penalty) tr(B^T Sigma B)`` with ``B = dual_sums``. As long as the weights are those of alpha the gap is never negative and zero at the
-    optimum for this Sigma.
+    ``D(alpha) = -sum_t mean_i conj(-alpha_ti) - 1 / (2 penalty) tr(B^T Sigma B)`` with
+    ``B = dual_sums``. As long as the weights are those of alpha the gap is never negative and zero
+    at the optimum for this Sigma.
 
     Args:
-        recomputed: False if the weights are not those of alpha (``fidelity="released"``); the regulariser is then ``penalty / 2 tr(W^T Sigma^-1 W)``
-            in both values, and the dual is no bound.
+        loss: of the examples.
+        penalty: lambda.
+        state: whose value it is.
+        federation: the training data of its tasks.
+        recomputed: False if the weights are not those of alpha (``fidelity="released"``); the
+            regulariser is then ``penalty / 2 tr(W^T Sigma^-1 W)`` in both values, and the dual is
+            no bound.
+        execution: how nodes are mapped; default all at once.
     """
     how = make_execution("vmap") if execution is None else execution
 
@@ -121,144 +161,199 @@ def traffic_of_models(state: PyTree) -> tuple[int, int]:
     return one, one
 
 
-class _Own(NamedTuple):
-    """One node's inputs of a round."""
+Work = Callable[[Subproblem, ClientView, jax.Array], Change]
+"""What a node does: ``(problem, own view, key) -> Change``."""
 
-    client_id: jax.Array
-    rows: jax.Array
-    size: jax.Array
-    budget: jax.Array
-    curvature: jax.Array
+
+def allowed_steps(problem: Subproblem, me: ClientView, passes: float | jax.Array) -> jax.Array:
+    """The coordinate steps of ``passes`` over a node's data that it manages, int32 ``[]``.
+
+    A node manages its share of the planned steps, and at most as many as its budget says.
+    """
+    planned = jnp.floor(problem.size * passes)
+    managed = jnp.where(me.work < 1, jnp.floor(me.work * planned), planned)
+    return jnp.minimum(managed.astype(jnp.int32), me.budget)
 
 
 class LocalWork(NamedTuple):
-    """The nodes' changes, leaves ``[cohort, ...]``, and the bounds of their theta ``[cohort]`` or None."""
+    """What the nodes of a cohort did.
+
+    Attributes:
+        change: leaves ``[cohort, ...]``; 0 where a node is absent or diverged.
+        inexactness: ``[cohort]``, bounds of the nodes' theta, or None.
+        cohort: without the nodes that diverged, who count as absent.
+        diverged: bool ``[cohort]``; present, but the change was not finite.
+    """
 
     change: Change
     inexactness: jax.Array | None
+    cohort: Cohort
+    diverged: jax.Array
 
 
 def local_work(
-    work: Callable[[Subproblem, Any, jax.Array], Change],
+    work: Work,
     loss: DualLoss,
-    state: DualState,
+    round_index: jax.Array,
+    nodes: DualNodes,
     cohort: Cohort,
     curvatures: jax.Array,
     key: jax.Array,
     execution: Execution | None,
     measure: bool,
 ) -> LocalWork:
-    """Maps ``work(problem, own, key) -> Change`` over the cohort's nodes.
+    """Maps the nodes' work over a cohort.
 
     Args:
-        curvatures: ``[tasks]``, of each node's subproblem. measure: whether to bound theta, how inexactly each was solved.
+        work: of one node.
+        loss: of the examples.
+        round_index: int32 ``[]``.
+        nodes: all nodes, before the round.
+        cohort: who takes part.
+        curvatures: ``[tasks]``, of each node's subproblem.
+        key: of the round.
+        execution: how nodes are mapped; default all at once.
+        measure: whether to bound theta, how inexactly each subproblem was solved.
     """
     how = make_execution("vmap") if execution is None else execution
 
-    def one_node(shared, own, alpha, weights):
-        examples, round_key = shared
-        inputs, labels = node_block(examples, own.rows)
-        problem = Subproblem(inputs, labels, own.size, alpha, weights, own.curvature)
-        change = work(problem, own, client_key(round_key, own.client_id))
-        return LocalWork(
-            change, inexactness_bound(loss, problem, change.alpha) if measure else None
-        )
+    def one_node(common, own, curvature, alpha, weights):
+        examples, round_index, round_key = common
+        me = client_view(examples, own, round_index, round_key)
+        problem = Subproblem(*node_block(examples, me.rows), me.size, alpha, weights, curvature)
+        change = work(problem, me, client_key(round_key, me.client_id))
+        theta = inexactness_bound(loss, problem, change.alpha) if measure else None
+        return change, theta, is_finite((change.alpha, change.combined))
 
     ids, data = cohort.client_ids, cohort.federation
-    own = _Own(ids, data.indices, data.sizes, cohort.budgets, curvatures[ids])
-    return map_clients(one_node, how, data.sizes)(
-        (data.examples, key), own, state.clients.alpha[ids], state.clients.weights[ids]
+    own = (cohort_inputs(cohort), curvatures[ids], *trees.take_clients(tuple(nodes), ids))
+    change, theta, finite = map_clients(one_node, how, data.sizes)(
+        (data.examples, round_index, key), *own
     )
+    diverged = cohort.present & ~finite
+    rest = without(cohort, diverged)
+    return LocalWork(trees.mask_clients(change, rest.present), theta, rest, diverged)
 
 
 def apply_changes(
     state: DualState,
-    cohort: Cohort,
-    change: Change,
+    worked: LocalWork,
     step: float | jax.Array,
     penalty: float | jax.Array,
     recomputed: bool = True,
 ) -> DualState:
-    """Adds ``step`` times the cohort's changes, and brings every node's model, absent or not, up to date.
+    """Adds a cohort's changes, and brings every node's model, absent or not, up to date.
 
-    A node whose change is not finite counts as absent.
+    Args:
+        state: before the round.
+        worked: what the cohort did.
+        step: factor on the changes.
+        penalty: lambda.
+        recomputed: False moves the models by what the changes make of them instead of computing
+            them from all dual variables.
     """
-    finite = jnp.isfinite(change.combined).all(axis=1) & jnp.isfinite(change.alpha).all(axis=1)
-    there = (cohort.present & finite)[:, None]
-    ids = cohort.client_ids
-    alpha = state.clients.alpha.at[ids].add(jnp.where(there, step * change.alpha, 0))
-    change_of_sums = (
-        jnp.zeros_like(state.dual_sums).at[ids].add(jnp.where(there, step * change.combined, 0))
-    )
+    ids, change = worked.cohort.client_ids, worked.change
+    alpha = state.clients.alpha.at[ids].add(step * change.alpha)
+    change_of_sums = jnp.zeros_like(state.dual_sums).at[ids].add(step * change.combined)
     dual_sums = state.dual_sums + change_of_sums
     if recomputed:
-        weights = state.covariance @ dual_sums / penalty
+        weights = models_of(state.covariance, dual_sums, penalty)
     else:
-        weights = state.clients.weights + state.covariance @ change_of_sums / penalty
+        weights = state.clients.weights + models_of(state.covariance, change_of_sums, penalty)
     return state._replace(
         round=state.round + 1, clients=DualNodes(alpha, weights), dual_sums=dual_sums
     )
 
 
-def round_metrics(
+def work_info(worked: LocalWork, sizes: jax.Array, dtype: Any) -> Info:
+    """What a round reports of the nodes' work; scalars.
+
+    Args:
+        worked: what the cohort did.
+        sizes: ``[tasks]``, examples of each task, absent ones too.
+        dtype: of the counts of steps and examples.
+    """
+    steps, there = worked.change.num_steps, worked.cohort.present
+    info = {
+        "num_steps": jnp.sum(steps).astype(dtype),
+        "slowest_steps": jnp.max(steps).astype(dtype),
+        "num_examples": jnp.sum(jnp.asarray(sizes)).astype(dtype),
+        "diverged": jnp.sum(worked.diverged).astype(jnp.float32),
+        "participants": jnp.sum(there).astype(jnp.float32),
+    }
+    if worked.inexactness is not None:
+        solved = there & (worked.cohort.federation.sizes > 0)
+        theta = jnp.where(solved, worked.inexactness, 0)
+        info["inexactness"] = jnp.mean(theta, where=solved)
+        info["worst_inexactness"] = jnp.where(jnp.any(solved), jnp.max(theta), jnp.nan)
+    return info
+
+
+def mean_loss(losses: jax.Array) -> jax.Array:
+    """The mean of the tasks' losses, ``[tasks] -> []``, without those that are not finite."""
+    return jnp.mean(losses, where=jnp.isfinite(losses))
+
+
+def round_info(
     loss: DualLoss,
     penalty: float | jax.Array,
     state: DualState,
-    cohort: Cohort,
-    sizes: jax.Array,
     worked: LocalWork,
+    sizes: jax.Array,
     recomputed: bool,
     execution: Execution | None,
-) -> dict[str, jax.Array]:
-    """What a round of a dual method reports: work, bounds, loss, and, when everybody takes part, primal, dual and gap; scalars."""
-    steps = jnp.where(cohort.present, worked.change.num_steps, 0)
-    metrics = {
-        "num_steps": jnp.sum(steps).astype(state.dual_sums.dtype),
-        "slowest_steps": jnp.max(steps).astype(state.dual_sums.dtype),
-        "num_examples": jnp.sum(jnp.asarray(sizes)).astype(state.dual_sums.dtype),
-        "sigma_prime": state.sigma_prime,
-    }
-    if worked.inexactness is not None:
-        there = cohort.present & (cohort.federation.sizes > 0)
-        theta = jnp.where(there, worked.inexactness, 0)
-        metrics["inexactness"] = jnp.sum(theta) / jnp.maximum(jnp.sum(there), 1)
-        metrics["worst_inexactness"] = jnp.max(theta)
-    everybody = cohort.client_ids.shape[0] == len(sizes)
+) -> Info:
+    """What a round of a dual method reports, after it; scalars.
+
+    Beside the nodes' work it is the loss, and, if the cohort has a slot for everybody, primal, dual
+    and gap.
+
+    Args:
+        loss: of the examples.
+        penalty: lambda.
+        state: after the round.
+        worked: what the cohort did.
+        sizes: ``[tasks]``, examples of each task.
+        recomputed: as for :func:`objective`.
+        execution: as for :func:`objective`.
+    """
+    ids, data = worked.cohort.client_ids, worked.cohort.federation
     # The sizes of absent nodes are 0 in their cohort, but the objective counts their examples.
-    ids = cohort.client_ids
-    whole = cohort.federation._replace(sizes=jnp.asarray(sizes)[ids])
+    whole = data._replace(sizes=jnp.asarray(sizes)[ids])
     of_cohort = state._replace(
-        clients=jax.tree.map(lambda x: x[ids], state.clients),
+        clients=trees.take_clients(state.clients, ids),
         dual_sums=state.dual_sums[ids],
         covariance=state.covariance[ids][:, ids],
     )
     value = objective(loss, penalty, of_cohort, whole, recomputed=recomputed, execution=execution)
-    metrics["loss"] = jnp.mean(value.losses)
-    if everybody:
-        metrics |= {"primal": value.primal, "dual": value.dual, "gap": value.gap}
-    return metrics
+    info = work_info(worked, sizes, state.dual_sums.dtype)
+    info |= {"sigma_prime": state.sigma_prime, "loss": mean_loss(value.losses)}
+    if ids.shape[0] == len(sizes):
+        info |= {"primal": value.primal, "dual": value.dual, "gap": value.gap}
+    return info
 
 
 def check_tasks(federation: Federation, loss: DualLoss) -> None:
-    """Refuses tasks from which nothing can be learned; for launchers, on data that are not abstract.
+    """Refuses tasks from which nothing can be learned; for launchers, on concrete data.
 
     Raises:
-        ValueError: a task with a single example, labels other than -1 and 1 in classification, or a task with one class only, naming the task.
+        InputError: a task with a single example, labels other than -1 and 1 in classification, or a
+            task with one class only, naming the task.
     """
     labels, rows = np.asarray(federation.examples["labels"]), np.asarray(federation.indices)
     for task, size in enumerate(np.asarray(federation.sizes)):
         own = labels[rows[task, :size]]
         if size < 2:
-            raise ValueError(
+            raise InputError(
                 f"task {task} has {size} training example; drop it, or give it at least 2"
             )
         if loss.labels != "signs":
             continue
         odd = own[np.abs(own) != 1]
         if odd.size:
-            raise ValueError(f"task {task} has label {odd[0]}; the {loss.name} loss takes -1 and 1")
+            raise InputError(f"task {task} has label {odd[0]}; the {loss.name} loss takes -1 and 1")
         if len(np.unique(own)) < 2:
-            raise ValueError(
-                f"all {size} training labels of task {task} are {own[0]:g}; a classifier needs both classes, drop the task or split "
-                "its data by class"
+            raise InputError(
+                f"all {size} training labels of task {task} are {own[0]:g}; a classifier needs "
+                "both classes, drop the task or split its data by class"
             )

@@ -1,12 +1,18 @@
-"""The data-local subproblem of MOCHA, for ONE node, and its solver: coordinate ascent in the dual. Nothing in here has a task axis.
+"""The data-local subproblem of MOCHA, for ONE node, and its solver: coordinate ascent in the dual.
 
-With ``u(d) = X^T d / n``, a node that holds the examples X (n rows), the dual variables alpha and its model w minimises over the change d
+Nothing in here has a task axis.
 
-    G(d) = mean_i conj(-(alpha_i + d_i)) + w . u(d) + curvature / 2 ||u(d)||^2,    curvature = sigma' Sigma_tt / penalty
+With ``u(d) = X^T d / n``, a node that holds the examples X (n rows), the dual variables alpha and
+its model w minimises over the change d
 
-(Smith et al., arXiv 1705.10467, section 3.2; sigma' makes the sum of the nodes' subproblems an upper bound of the coupled problem).
+    G(d) = mean_i conj(-(alpha_i + d_i)) + w . u(d) + curvature / 2 ||u(d)||^2
+    curvature = sigma' Sigma_tt / penalty
+
+(Smith et al., arXiv 1705.10467, section 3.2; sigma' makes the sum of the nodes' subproblems an
+upper bound of the coupled problem).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,13 +20,20 @@ import jax.numpy as jnp
 
 from fedjax_mtl.tasks.dual import DualLoss
 
+# Dual variables and models belong together to the last digit, but some devices round the factors of
+# a matrix product unless told not to.
+full_precision = jax.default_matmul_precision("highest")
+
 
 class Subproblem(NamedTuple):
     """One node's problem of one round.
 
     Attributes:
-        inputs: ``[capacity, features]``; labels: ``[capacity]``; rows at and beyond ``size`` (int32 ``[]``) are padding.
-        alpha: ``[capacity]`` dual variables. weights: ``[features]``, the node's model at the start of the round.
+        inputs: ``[capacity, features]``; rows at and beyond ``size`` are padding.
+        labels: ``[capacity]``.
+        size: int32 ``[]``, how many of the rows are examples.
+        alpha: ``[capacity]``, the dual variables.
+        weights: ``[features]``, the node's model at the start of the round.
         curvature: ``[]``, sigma' Sigma_tt / penalty.
     """
 
@@ -36,14 +49,21 @@ class Subproblem(NamedTuple):
         real = jnp.arange(values.shape[0]) < self.size
         return jnp.sum(jnp.where(real, values, 0)) / jnp.maximum(self.size, 1)
 
+    @full_precision
     def combine(self, change: jax.Array) -> jax.Array:
-        """``u = X^T d / n`` of a change d ``[capacity]``, ``[features]``; entries of padding do not count."""
+        """``u = X^T d / n`` ``[features]`` of a change d ``[capacity]``; padding does not count."""
         real = jnp.arange(change.shape[0]) < self.size
         return jnp.where(real, change, 0) @ self.inputs / jnp.maximum(self.size, 1)
 
 
 class Change(NamedTuple):
-    """What local work leaves: the change d of the dual variables ``[capacity]``, ``combined = X^T d / n`` ``[features]``, and coordinate steps done."""
+    """What local work leaves.
+
+    Attributes:
+        alpha: ``[capacity]``, the change d of the dual variables.
+        combined: ``[features]``, ``X^T d / n``.
+        num_steps: int32 ``[]``, coordinate steps done.
+    """
 
     alpha: jax.Array
     combined: jax.Array
@@ -67,17 +87,22 @@ def coordinate_ascent(
     start: Change | None = None,
     feedback: bool = True,
 ) -> Change:
-    """SDCA: coordinate by coordinate, the exact maximiser of the dual (Shalev-Shwartz and Zhang, JMLR 2013).
+    """SDCA: coordinate by coordinate, the exact maximiser of the dual.
 
-    Pass by pass: within a pass no coordinate is visited twice, so that the dual variables are only read, and written once at its end. (Written step by step, XLA may copy
-    all of them every time.)
+    Shalev-Shwartz and Zhang, JMLR 2013. Pass by pass: within a pass no coordinate is visited twice,
+    so that the dual variables are only read, and written once at its end. (Written step by step,
+    XLA may copy all of them every time.)
 
     Args:
-        order: int32 ``[capacity]``, a permutation of the real positions first; walked from its start, cyclically.
+        loss: the examples' loss.
+        problem: the node's.
+        order: int32 ``[capacity]``, a permutation of the real positions first; walked from its
+            start, cyclically.
         num_steps: int32 ``[]``, coordinate steps of this node; 0 for one that was dropped.
         max_steps: the most any node makes.
         start: continue from this change; default none.
-        feedback: False leaves the scores as at the start of the round (mini-batch SDCA), while each alpha still moves.
+        feedback: False leaves the scores as at the start of the round (mini-batch SDCA), while each
+            alpha still moves.
     """
     start = no_change(problem) if start is None else start
     size = jnp.maximum(problem.size, 1)
@@ -120,9 +145,11 @@ def local_objective(loss: DualLoss, problem: Subproblem, change: jax.Array) -> j
 
 
 def local_gap(loss: DualLoss, problem: Subproblem, change: jax.Array) -> jax.Array:
-    """An upper bound of ``G(d) - min G``, ``[]``: the subproblem's own duality gap, at the model ``z = w + curvature u(d)`` the node would have.
+    """An upper bound of ``G(d) - min G``, ``[]``: the subproblem's own duality gap.
 
-    By Fenchel duality ``min G >= -mean_i loss(x_i . z) - ||z - w||^2 / (2 curvature) - z . u(alpha)`` for every z; it is zero at the exact solution.
+    It is taken at the model ``z = w + curvature u(d)`` that the node would have. By Fenchel duality
+    ``min G >= -mean_i loss(x_i . z) - ||z - w||^2 / (2 curvature) - z . u(alpha)`` for every z; it
+    is zero at the exact solution.
     """
     combined = problem.combine(change)
     z = problem.weights + problem.curvature * combined
@@ -140,20 +167,30 @@ def inexactness_bound(loss: DualLoss, problem: Subproblem, change: jax.Array) ->
 
         theta = (G(d) - min G) / (G(0) - min G):   0 solved exactly, 1 no progress
 
-    (arXiv 1705.10467, definition of the per-node, per-round approximation.) A subproblem whose start is already optimal counts as solved.
+    (arXiv 1705.10467, definition of the per-node, per-round approximation.) A subproblem whose
+    start is already optimal counts as solved.
     """
     gap = local_gap(loss, problem, change)
     progress = local_objective(loss, problem, jnp.zeros_like(change)) - local_objective(
         loss, problem, change
     )
     total = gap + jnp.maximum(progress, 0)
-    return jnp.where(total > 0, gap / jnp.where(total > 0, total, 1), 0)
+    solved = total <= 0  # false for a node whose data are no numbers: its theta is none either
+    return jnp.where(solved, 0, gap / jnp.where(solved, 1, total))
 
 
 def ascend_until(
     loss: DualLoss, problem: Subproblem, order: jax.Array, inexactness: float, max_passes: int
 ) -> Change:
-    """Passes over the node's data until :func:`inexactness_bound` is at most ``inexactness``, or ``max_passes``; CoCoA's common theta."""
+    """Passes over the node's data until its theta is certainly low: CoCoA's common theta.
+
+    Args:
+        loss: the examples' loss.
+        problem: the node's.
+        order: int32 ``[capacity]``, in which each pass goes through the data.
+        inexactness: the passes end when :func:`inexactness_bound` is at most this.
+        max_passes: or after as many.
+    """
 
     def measure(change):
         return inexactness_bound(loss, problem, change.alpha)
@@ -168,9 +205,17 @@ def ascend_until(
 def ascend_until_still(
     loss: DualLoss, problem: Subproblem, order: jax.Array, tolerance: float, max_passes: int
 ) -> Change:
-    """Passes over the node's data until its :func:`own_primal` changes by less than ``tolerance`` from one pass to the next, or ``max_passes``.
+    """Passes over the node's data until its own primal stands still.
 
-    The stopping test of MOCHA's released code for its local and global models. The primal need not fall from pass to pass, so a node may stop far from its optimum.
+    The stopping test of MOCHA's released code for its local and global models. The primal need not
+    fall from pass to pass, so a node may stop far from its optimum.
+
+    Args:
+        loss: the examples' loss.
+        problem: the node's.
+        order: int32 ``[capacity]``, in which each pass goes through the data.
+        tolerance: the passes end when :func:`own_primal` changes by less from one to the next.
+        max_passes: or after as many.
     """
 
     def measure(change):
@@ -183,19 +228,35 @@ def ascend_until_still(
 
 
 def own_primal(loss: DualLoss, problem: Subproblem, combined: jax.Array) -> jax.Array:
-    """``mean_i loss(x_i . z) + ||z||^2 / (2 curvature)``, ``[]``, at the node's model after its own work, ``z = w + curvature u(d)``: the primal of a task that is alone."""
+    """A lone task's primal, ``mean_i loss(x_i . z) + ||z||^2 / (2 curvature)``, ``[]``.
+
+    It is taken at the node's model after its own work, ``z = w + curvature u(d)``.
+    """
     z = problem.weights + problem.curvature * combined
     losses = problem.mean(loss.loss(problem.inputs @ z, problem.labels))
     return losses + jnp.sum(jnp.square(z)) / (2 * problem.curvature)
 
 
-def _passes_while(unfinished, measure, loss, problem, order, max_passes) -> Change:
-    """Whole passes while ``unfinished(measure(change), measure(change one pass before))``; at the start the latter is infinite."""
+def _passes_while(
+    unfinished: Callable[[jax.Array, jax.Array], jax.Array],
+    measure: Callable[[Change], jax.Array],
+    loss: DualLoss,
+    problem: Subproblem,
+    order: jax.Array,
+    max_passes: int,
+) -> Change:
+    """Whole passes while ``unfinished(measure(change), measure(change one pass before))``.
+
+    At the start the latter is infinite.
+    """
     capacity = problem.alpha.shape[0]
 
     def more(carry):
         passes, _, value, before = carry
-        return (passes < max_passes) & unfinished(value, before) & (problem.size > 0)
+        # A node whose data are no numbers makes one pass, whose change shows it.
+        broken = (passes == 0) & ~jnp.isfinite(value)
+        goes_on = unfinished(value, before) | broken
+        return (passes < max_passes) & goes_on & (problem.size > 0)
 
     def one_pass(carry):
         passes, change, value, _ = carry
@@ -204,6 +265,5 @@ def _passes_while(unfinished, measure, loss, problem, order, max_passes) -> Chan
 
     start = no_change(problem)
     never = jnp.asarray(jnp.inf, problem.weights.dtype)
-    return jax.lax.while_loop(
-        more, one_pass, (jnp.zeros((), jnp.int32), start, measure(start), never)
-    )[1]
+    first = (jnp.zeros((), jnp.int32), start, measure(start), never)
+    return jax.lax.while_loop(more, one_pass, first)[1]

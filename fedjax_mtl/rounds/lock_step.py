@@ -1,6 +1,7 @@
-"""Clients of several tasks in lock step around one trunk: a split step of all at once, and the three schedules of a round.
+"""Clients of several tasks in lock step around one trunk: a split step of all, and three schedules.
 
-In every step each client draws a batch and gets its gradients; what the server does with those of the trunk, and when, is the schedule.
+In every step each client draws a batch and gets its gradients; what the server does with those of
+the trunk, and when, is the schedule.
 """
 
 from collections.abc import Callable
@@ -10,21 +11,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.clients.split import apply_gradient, split_step
+from fedjax_mtl.clients.split import StepGradients, apply_gradient, split_step
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.batching import Batch, draw_batch
 from fedjax_mtl.core.federation import Cohort
 from fedjax_mtl.core.model import Part
-from fedjax_mtl.rounds.federated import cohort_inputs, is_finite, view
-from fedjax_mtl.rounds.population import client_offsets
-from fedjax_mtl.server.projection import GPAggregationState
-from fedjax_mtl.tasks import Task
+from fedjax_mtl.core.task import Task
+from fedjax_mtl.rounds.engine import (
+    ClientInputs,
+    check_step,
+    client_key,
+    client_view,
+    cohort_inputs,
+    is_finite,
+)
+from fedjax_mtl.rounds.groups import client_offsets
+from fedjax_mtl.server.reports import reported
 
 PyTree = Any
+Cohorts = dict[str, Cohort]
 
 
 class SplitGroup(NamedTuple):
-    """Clients with the same task: their upper part (adaptation and head), their task, how many they are."""
+    """Clients with the same task.
+
+    Attributes:
+        upper: their upper part, adaptation and head.
+        task: what they are trained on.
+        num_clients: how many they are.
+    """
 
     upper: Part
     task: Task
@@ -39,52 +54,98 @@ class SplitClientState(NamedTuple):
     optimizer: optax.OptState
 
 
+Clients = dict[str, SplitClientState]
+
+
+class SplitTraining(NamedTuple):
+    """How a step of all clients goes.
+
+    Attributes:
+        lower: the clients' part below the trunk.
+        trunk: the server's part.
+        groups: the clients, by name.
+        optimizer: of each client's lower and upper part.
+        batch_size: of a client in a step.
+        train_lower: False leaves the lower parts as they are, weight decay included.
+        wire_dtype: type of the messages; None leaves them as computed.
+    """
+
+    lower: Part
+    trunk: Part
+    groups: dict[str, SplitGroup]
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    train_lower: bool
+    wire_dtype: Any | None
+
+
+class TrunkServer(NamedTuple):
+    """What the server does with the clients' gradients of the trunk.
+
+    Attributes:
+        transformation: a chain over gradients ``[all clients, ...]`` that ends in a step.
+        offsets: the number of each group's first client in the population.
+        weighting: ``uniform`` or ``samples``.
+    """
+
+    transformation: optax.GradientTransformationExtraArgs
+    offsets: dict[str, int]
+    weighting: str
+
+
+class LockStepRound(NamedTuple):
+    """What the schedules make a round of.
+
+    Attributes:
+        training: a step of all clients.
+        server: a step of the trunk.
+        num_steps: of the clients in a round.
+        trunk_learning_rate: of the clients' own trunks, where they have them.
+    """
+
+    training: SplitTraining
+    server: TrunkServer
+    num_steps: int
+    trunk_learning_rate: float | jax.Array
+
+
 class LockStep(NamedTuple):
     """One step of all clients; the client axis runs over the groups by name.
 
     Attributes:
         clients: their states after it, by group.
         gradients: of the trunk, leaves ``[all clients, ...]``.
-        losses: ``[all clients]``. counts: bool ``[all clients]``; present, and nothing of it diverged.
+        losses: ``[all clients]``.
+        counts: bool ``[all clients]``; present, and nothing of it diverged.
     """
 
-    clients: dict[str, SplitClientState]
+    clients: Clients
     gradients: PyTree
     losses: jax.Array
     counts: jax.Array
 
 
 class RoundOutcome(NamedTuple):
-    """A round by some schedule: trunk, the server's and the clients' states, ``losses`` and ``counts`` ``[steps, all clients]``, and the server's statistics."""
+    """A round by some schedule.
+
+    Attributes:
+        params: the trunk.
+        server: the server's state.
+        clients: the states of the cohorts' clients, by group.
+        losses: ``[steps, all clients]``.
+        counts: bool ``[steps, all clients]``, see :class:`LockStep`.
+        reports: what the server's transformations report, on average over its steps.
+    """
 
     params: PyTree
     server: optax.OptState
-    clients: dict[str, SplitClientState]
+    clients: Clients
     losses: jax.Array
     counts: jax.Array
-    statistics: dict[str, jax.Array]
+    reports: dict[str, jax.Array]
 
 
-Advance = Callable[..., LockStep]
-Serve = Callable[..., tuple[PyTree, optax.OptState]]
-Cohorts = dict[str, Cohort]
-Clients = dict[str, SplitClientState]
-
-
-class RoundParts(NamedTuple):
-    """What the schedules make a round of.
-
-    Attributes:
-        advance: ``(trunk, clients, cohorts, key) -> LockStep``, see :func:`lock_step`; ``advance_apart`` takes a trunk for every client.
-        serve: ``(params, server state, gradients, losses, present, cohorts, key) -> (params, server state)``.
-        num_steps: of the clients in a round. trunk_learning_rate: of their own trunks, where they have them.
-    """
-
-    advance: Advance
-    advance_apart: Advance
-    serve: Serve
-    num_steps: int
-    trunk_learning_rate: float | jax.Array
+# --- The axis of all clients.
 
 
 def slot_offsets(cohorts: Cohorts) -> dict[str, int]:
@@ -107,88 +168,151 @@ def _by_group(tree: PyTree, cohorts: Cohorts) -> dict[str, PyTree]:
     return {n: jax.tree.map(lambda x, n=n: x[starts[n] : ends[n]], tree) for n in starts}
 
 
-def _draw_batches(cohort: Cohort, batch_size: int, key: jax.Array) -> Batch:
-    """A fresh batch of every client of a cohort, leaves ``[clients, batch, ...]``; a client's does not depend on its slot."""
+# --- A step of the clients.
 
-    def draw(inputs):
-        me = view(cohort.federation.examples, inputs, jnp.zeros((), jnp.int32), key)
-        return draw_batch(me, batch_size, jax.random.fold_in(key, inputs.client_ids))
+
+def _draw_batches(cohort: Cohort, batch_size: int, key: jax.Array) -> Batch:
+    """A fresh batch of every client of a cohort, leaves ``[clients, batch, ...]``.
+
+    A client's batch does not depend on its slot.
+    """
+
+    def draw(own: ClientInputs) -> Batch:
+        me = client_view(cohort.federation.examples, own, jnp.zeros((), jnp.int32), key)
+        return draw_batch(me, batch_size, client_key(key, me.client_id))
 
     return jax.vmap(draw)(cohort_inputs(cohort))
 
 
-def lock_step(
-    lower: Part,
-    trunk: Part,
-    groups: dict[str, SplitGroup],
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    *,
-    train_lower: bool = True,
-    wire_dtype: Any | None = None,
-    trunks_apart: bool = False,
-) -> Advance:
-    """One split step of all clients, ``(trunk, clients, cohorts, key) -> LockStep``.
+def _train_one(
+    training: SplitTraining,
+    group: SplitGroup,
+    own: SplitClientState,
+    trunk_params: PyTree,
+    batch: Batch,
+) -> tuple[SplitClientState, StepGradients]:
+    """One client's step: its own parts move, the trunk's gradient is for the server."""
+    result = split_step(
+        training.lower,
+        training.trunk,
+        group.upper,
+        group.task,
+        own.lower,
+        trunk_params,
+        own.upper,
+        batch,
+        training.wire_dtype,
+    )
+    below = result.lower if training.train_lower else optax.tree.zeros_like(result.lower)
+    (lower, upper), optimizer_state = apply_gradient(
+        training.optimizer, (below, result.upper), own.optimizer, (own.lower, own.upper)
+    )
+    lower = lower if training.train_lower else own.lower
+    return SplitClientState(lower, upper, optimizer_state), result
 
-    A client whose loss, trunk gradient or own parts are not finite keeps what it had and does not count.
+
+def lock_step(
+    training: SplitTraining,
+    trunk_params: PyTree,
+    clients: Clients,
+    cohorts: Cohorts,
+    key: jax.Array,
+    *,
+    trunks_apart: bool = False,
+) -> LockStep:
+    """One split step of all clients.
+
+    A client whose loss, trunk gradient or own parts are not finite keeps what it had and does not
+    count.
 
     Args:
-        lower, trunk, groups: the parts of the model.
-        optimizer: of each client's lower and upper part. batch_size: of a client in a step.
-        train_lower: False leaves the lower parts as they are, weight decay included.
-        wire_dtype: type of the messages.
-        trunks_apart: the trunk has a client axis, ``[all clients, ...]``: every client differentiates at its own.
+        training: how the step goes.
+        trunk_params: of the trunk.
+        clients: the states of the cohorts' clients, by group.
+        cohorts: who takes part, by group.
+        key: of the batches.
+        trunks_apart: the trunk has a client axis, ``[all clients, ...]``: every client
+            differentiates at its own.
     """
-
-    def one_client(group, own, trunk_params, batch):
-        result = split_step(
-            lower,
-            trunk,
-            group.upper,
-            group.task,
-            own.lower,
-            trunk_params,
-            own.upper,
-            batch,
-            wire_dtype,
+    trunks = _by_group(trunk_params, cohorts) if trunks_apart else None
+    moved, gradients, losses, counts = {}, [], [], []
+    for index, (name, group) in enumerate(sorted(training.groups.items())):
+        batches = _draw_batches(cohorts[name], training.batch_size, jax.random.fold_in(key, index))
+        step = jax.vmap(
+            lambda own, params, batch, group=group: _train_one(training, group, own, params, batch),
+            (0, 0 if trunks_apart else None, 0),
         )
-        below = result.lower if train_lower else optax.tree.zeros_like(result.lower)
-        (new_lower, new_upper), optimizer_state = apply_gradient(
-            optimizer, (below, result.upper), own.optimizer, (own.lower, own.upper)
-        )
-        new = SplitClientState(new_lower if train_lower else own.lower, new_upper, optimizer_state)
-        return new, result.trunk, result.loss
+        own_trunk = trunk_params if trunks is None else trunks[name]
+        new, result = step(clients[name], own_trunk, batches)
+        finite = jax.vmap(is_finite)((result.trunk, result.loss, new.lower, new.upper))
+        counting = cohorts[name].present & finite
+        moved[name] = trees.where_clients(counting, new, clients[name])
+        gradients.append(result.trunk)
+        losses.append(result.loss)
+        counts.append(counting)
+    return LockStep(moved, _join(gradients), jnp.concatenate(losses), jnp.concatenate(counts))
 
-    def advance(trunk_params, clients, cohorts, key):
-        own_trunks = (
-            _by_group(trunk_params, cohorts)
-            if trunks_apart
-            else dict.fromkeys(groups, trunk_params)
-        )
-        moved, gradients, losses, counts = {}, [], [], []
-        for index, name in enumerate(sorted(groups)):
-            batches = _draw_batches(cohorts[name], batch_size, jax.random.fold_in(key, index))
-            step = jax.vmap(
-                lambda own, params, batch, group=groups[name]: one_client(
-                    group, own, params, batch
-                ),
-                (0, 0 if trunks_apart else None, 0),
-            )
-            new, gradient, loss = step(clients[name], own_trunks[name], batches)
-            counting = cohorts[name].present & jax.vmap(is_finite)(
-                (gradient, loss, new.lower, new.upper)
-            )
-            moved[name] = trees.where_clients(counting, new, clients[name])
-            gradients.append(gradient)
-            losses.append(loss)
-            counts.append(counting)
-        return LockStep(moved, _join(gradients), jnp.concatenate(losses), jnp.concatenate(counts))
 
-    return advance
+# --- A step of the server.
+
+
+def serve(
+    server: TrunkServer,
+    params: PyTree,
+    state: optax.OptState,
+    gradients: PyTree,
+    losses: jax.Array,
+    there: jax.Array,
+    cohorts: Cohorts,
+    key: jax.Array,
+) -> tuple[PyTree, optax.OptState]:
+    """The server's step over the trunk gradients of all clients.
+
+    Gradients and losses of those who are not there are masked; where nobody is, nothing moves,
+    momentum included.
+
+    Args:
+        server: how the step goes.
+        params: of the trunk.
+        state: the server's.
+        gradients: leaves ``[all clients, ...]``.
+        losses: ``[all clients]``.
+        there: bool ``[all clients]``; who counts.
+        cohorts: who took part, by group.
+        key: of the server's randomness.
+
+    Returns:
+        The trunk and the server's state.
+
+    Raises:
+        ValueError: (when traced) a step that has not the shapes of the parameters.
+    """
+    names = sorted(cohorts)
+    shares = jnp.concatenate([cohorts[name].shares for name in names])
+    weights = jnp.where(there, shares if server.weighting == "samples" else 1.0, 0)
+    steps, new_state = server.transformation.update(
+        trees.mask_clients(gradients, there),
+        state,
+        params,
+        weights=weights / jnp.maximum(jnp.sum(weights), 1e-30),
+        losses=jnp.where(there, losses, 0),
+        client_ids=jnp.concatenate(
+            [server.offsets[name] + cohorts[name].client_ids for name in names]
+        ),
+        present=there,
+        key=key,
+    )
+    check_step(steps, params)
+    attended = jnp.any(weights != 0)
+    steps = jax.tree.map(lambda x: jnp.where(attended, x, 0), steps)
+    return optax.apply_updates(params, steps), trees.where(attended, new_state, state)
+
+
+# --- The schedules of a round.
 
 
 def serve_every_step(
-    parts: RoundParts,
+    parts: LockStepRound,
     params: PyTree,
     server: optax.OptState,
     clients: Clients,
@@ -200,24 +324,29 @@ def serve_every_step(
     def body(carry, step_key):
         params, server, clients = carry
         data_key, server_key = jax.random.split(step_key)
-        step = parts.advance(params, clients, cohorts, data_key)
-        params, server = parts.serve(
-            params, server, step.gradients, step.losses, step.counts, cohorts, server_key
-        )
-        return (params, server, step.clients), (
+        step = lock_step(parts.training, params, clients, cohorts, data_key)
+        params, server = serve(
+            parts.server,
+            params,
+            server,
+            step.gradients,
             step.losses,
             step.counts,
-            _aggregation_statistics(server),
+            cohorts,
+            server_key,
         )
+        seen = (step.losses, step.counts, reported(server))
+        return (params, server, step.clients), seen
 
-    (params, server, clients), (losses, counts, statistics) = jax.lax.scan(
+    (params, server, clients), (losses, counts, reports) = jax.lax.scan(
         body, (params, server, clients), jax.random.split(key, parts.num_steps)
     )
-    return RoundOutcome(params, server, clients, losses, counts, jax.tree.map(jnp.mean, statistics))
+    reports = jax.tree.map(lambda x: jnp.mean(x, axis=0), reports)
+    return RoundOutcome(params, server, clients, losses, counts, reports)
 
 
 def serve_the_mean(
-    parts: RoundParts,
+    parts: LockStepRound,
     params: PyTree,
     server: optax.OptState,
     clients: Clients,
@@ -229,7 +358,7 @@ def serve_the_mean(
 
     def body(carry, step_key):
         clients, total, number = carry
-        step = parts.advance(params, clients, cohorts, step_key)
+        step = lock_step(parts.training, params, clients, cohorts, step_key)
         total = optax.tree.add(total, trees.mask_clients(step.gradients, step.counts))
         return (step.clients, total, number + step.counts), (step.losses, step.counts)
 
@@ -239,46 +368,46 @@ def serve_the_mean(
     )
     mean = trees.scale_clients(1 / jnp.maximum(number, 1), total)
     seen = jnp.mean(losses, axis=0, where=counts)
-    params, server = parts.serve(params, server, mean, seen, number > 0, cohorts, keys[0])
-    return RoundOutcome(params, server, clients, losses, counts, _aggregation_statistics(server))
+    params, server = serve(parts.server, params, server, mean, seen, number > 0, cohorts, keys[0])
+    return RoundOutcome(params, server, clients, losses, counts, reported(server))
 
 
 def serve_the_drift(
-    parts: RoundParts,
+    parts: LockStepRound,
     params: PyTree,
     server: optax.OptState,
     clients: Clients,
     cohorts: Cohorts,
     key: jax.Array,
 ) -> RoundOutcome:
-    """Each client's copy of the trunk takes SGD steps; the server gets (start - end) / (rate * steps)."""
+    """Each client's copy of the trunk takes SGD steps.
+
+    The server gets (start - end) / (rate * steps).
+    """
     keys = jax.random.split(key, parts.num_steps + 1)  # the server's, and one a step
     rate = parts.trunk_learning_rate
     start = trees.broadcast_clients(params, _num_slots(cohorts))
 
     def body(carry, step_key):
         clients, copies = carry
-        step = parts.advance_apart(copies, clients, cohorts, step_key)
+        step = lock_step(parts.training, copies, clients, cohorts, step_key, trunks_apart=True)
         moved = jax.tree.map(lambda c, g: c - rate * g, copies, step.gradients)
-        return (step.clients, trees.where_clients(step.counts, moved, copies)), (
-            step.losses,
-            step.counts,
-        )
+        copies = trees.where_clients(step.counts, moved, copies)
+        return (step.clients, copies), (step.losses, step.counts)
 
     (clients, copies), (losses, counts) = jax.lax.scan(body, (clients, start), keys[1:])
     drift = optax.tree.scale(1 / (rate * parts.num_steps), optax.tree.sub(start, copies))
     seen = jnp.mean(losses, axis=0, where=counts)
-    params, server = parts.serve(
-        params, server, drift, seen, jnp.any(counts, axis=0), cohorts, keys[0]
-    )
-    return RoundOutcome(params, server, clients, losses, counts, _aggregation_statistics(server))
+    there = jnp.any(counts, axis=0)
+    params, server = serve(parts.server, params, server, drift, seen, there, cohorts, keys[0])
+    return RoundOutcome(params, server, clients, losses, counts, reported(server))
 
 
-SCHEDULES = {"step": serve_every_step, "round": serve_the_mean, "drift": serve_the_drift}
-
-
-def _aggregation_statistics(server_state: PyTree) -> dict[str, jax.Array]:
-    """What GPAggregation reported last, wherever it stands in the server's chain; nothing if it is not there."""
-    states = jax.tree.leaves(server_state, is_leaf=lambda s: isinstance(s, GPAggregationState))
-    found = [s.statistics for s in states if isinstance(s, GPAggregationState)]
-    return found[0] if found else {}
+Schedule = Callable[
+    [LockStepRound, PyTree, optax.OptState, Clients, Cohorts, jax.Array], RoundOutcome
+]
+SCHEDULES: dict[str, Schedule] = {
+    "step": serve_every_step,
+    "round": serve_the_mean,
+    "drift": serve_the_drift,
+}

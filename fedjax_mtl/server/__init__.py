@@ -1,9 +1,12 @@
-"""Server transformations: optax transformations over pseudo-gradients with a leading client axis."""
+"""Server transformations: optax transformations over pseudo-gradients with a client axis."""
 
-from fedjax_mtl.server.averaging import average_clients, clip_clients, step_from
+from fedjax_mtl.server.aggregation import gp_aggregation
+from fedjax_mtl.server.averaging import average_clients, averages_first, clip_clients, step_from
+from fedjax_mtl.server.clusters import average_in_clusters
 from fedjax_mtl.server.compression import compress_clients, stochastic_levels, top_entries
 from fedjax_mtl.server.decoupling import decouple_updates
 from fedjax_mtl.server.fairness import agnostic_average, q_fair_average
+from fedjax_mtl.server.gossip import gossip_mixing
 from fedjax_mtl.server.hyper import HyperOptimizer, hyper_attention, hyper_conflict_averse
 from fedjax_mtl.server.mixing import (
     attention_mixing,
@@ -14,7 +17,8 @@ from fedjax_mtl.server.mixing import (
     only,
 )
 from fedjax_mtl.server.privacy import private_average
-from fedjax_mtl.server.projection import conflict_averse, gp_aggregation, project_conflicts
+from fedjax_mtl.server.projection import conflict_averse, project_conflicts
+from fedjax_mtl.server.reports import Report, reported
 from fedjax_mtl.server.robust import coordinate_median, trimmed_mean
 from fedjax_mtl.server.sheaf import sheaf_mixing, sheaf_traffic
 from fedjax_mtl.server.weighting import normalize_gradients
@@ -22,15 +26,19 @@ from fedjax_mtl.server.wireless import over_the_air_gradnorm
 
 __all__ = [
     "HyperOptimizer",
+    "Report",
     "agnostic_average",
     "attention_mixing",
     "average_clients",
+    "average_in_clusters",
+    "averages_first",
     "clip_clients",
     "cluster_mixing",
     "compress_clients",
     "conflict_averse",
     "coordinate_median",
     "decouple_updates",
+    "gossip_mixing",
     "gp_aggregation",
     "hyper_attention",
     "hyper_conflict_averse",
@@ -43,6 +51,7 @@ __all__ = [
     "private_average",
     "project_conflicts",
     "q_fair_average",
+    "reported",
     "sheaf_mixing",
     "sheaf_traffic",
     "step_from",

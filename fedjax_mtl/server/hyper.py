@@ -1,8 +1,10 @@
-"""FedHCA2: personal updates helped by the other clients' through learned hyper-weights (Lu et al., arXiv 2311.13250).
+"""FedHCA2: personal updates helped by the other clients' through learned hyper-weights.
 
-What is certain are the formulas of the authors' and FMTL-Bench's released codes, which these follow; the paper's text was not at hand.
+Lu et al., arXiv 2311.13250. What is certain are the formulas of the authors' and FMTL-Bench's
+released codes, which these follow; the paper's text was not at hand.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +13,26 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_mtl.core import trees
-from fedjax_mtl.server.projection import conflict_averse
+from fedjax_mtl.core.checks import InputError
+from fedjax_mtl.server.facts import mean_weights, num_rows, numbers_of, who_is_there
+from fedjax_mtl.server.projection import conflict_averse_direction
+from fedjax_mtl.server.reports import Report
 
 PyTree = Any
+Decoders = dict[trees.Path, jax.Array]
+
+
+# --- The weights and how they learn.
 
 
 class HyperWeights(NamedTuple):
     """Learned weights, one a client (and layer), with the momentum of their SGD.
 
     Attributes:
-        values, velocity: ``[population, ...]``.
-        known: bool ``[population]``; whether the client took part in the round before, so that its next update tells how its share fared.
+        values: ``[population, ...]``.
+        velocity: ``[population, ...]``.
+        known: bool ``[population]``; whether the client took part in the round before, so that its
+            next update tells how its share fared.
     """
 
     values: jax.Array
@@ -29,8 +40,20 @@ class HyperWeights(NamedTuple):
     known: jax.Array
 
 
+def _shares(values: jax.Array) -> jax.Array:
+    """What the weights are used as: they are learned without bounds."""
+    return jnp.clip(values, 0, 1)
+
+
 class HyperOptimizer(NamedTuple):
-    """SGD of the hyper-weights: the released codes' rate, momentum and weight decay."""
+    """SGD of the hyper-weights; the defaults are the released codes'.
+
+    Attributes:
+        initial: where the weights start.
+        learning_rate: of the step.
+        momentum: of the step.
+        weight_decay: added to the gradient, times the weight.
+    """
 
     initial: float = 0.1
     learning_rate: float = 0.01
@@ -46,9 +69,16 @@ class HyperOptimizer(NamedTuple):
     def learn(
         self, weights: HyperWeights, agreement: jax.Array, ids: jax.Array, present: jax.Array
     ) -> HyperWeights:
-        """One step: a weight grows if what the client received agrees with what it then learned (``agreement`` ``[cohort, ...]``, an inner product).
+        """One step: a weight grows if what the client received agrees with what it then learned.
 
-        Outside [0, 1] the weight has no gradient, but momentum and decay still move it. Clients that were not there in the round before stay.
+        Outside [0, 1] the weight has no gradient, but momentum and decay still move it. Clients
+        that were not there in the round before stay.
+
+        Args:
+            weights: of the population.
+            agreement: ``[cohort, ...]``, an inner product.
+            ids: the cohort's clients, ``[cohort]``.
+            present: bool ``[cohort]``.
         """
         values, velocity = weights.values[ids], weights.velocity[ids]
         gradient = jnp.where((values >= 0) & (values <= 1), -agreement, 0)
@@ -56,30 +86,36 @@ class HyperOptimizer(NamedTuple):
         moved = values - self.learning_rate * moved_velocity
         due = trees.along_first_axis(present & weights.known[ids], values)
         values, velocity = jnp.where(due, moved, values), jnp.where(due, moved_velocity, velocity)
-        both = trees.put_clients(
-            (weights.values, weights.velocity), ids, (values, velocity), present
-        )
-        known = (
-            jnp.zeros_like(weights.known)
-            .at[jnp.where(present, ids, len(weights.known))]
-            .set(True, mode="drop")
-        )
-        return HyperWeights(*both, known)
+        rows = (values, velocity)
+        values, velocity = trees.put_clients((weights.values, weights.velocity), ids, rows, present)
+        everybody = jnp.zeros_like(weights.known)
+        known = trees.put_clients(everybody, ids, jnp.ones_like(present), present)
+        return HyperWeights(values, velocity, known)
 
 
 RELEASED = HyperOptimizer()
 
 
+# --- Encoders.
+
+
 class HyperConflictAverseState(NamedTuple):
-    """The hyper-weights ``[population]`` and the last common direction, leaves ``[...]``."""
+    """What the encoders' rule remembers.
+
+    Attributes:
+        weights: the hyper-weights, ``[population]``.
+        direction: the last common direction, leaves ``[...]``.
+        report: ``hyper_weights`` ``[population]``, as they are used.
+    """
 
     weights: HyperWeights
     direction: PyTree
+    report: Report
 
 
-def _identity(client_ids: jax.Array | None, present: jax.Array | None, count: int):
-    ids = jnp.arange(count) if client_ids is None else client_ids
-    return ids, jnp.ones(count, bool) if present is None else present
+def _encoder_state(weights: HyperWeights, direction: PyTree) -> HyperConflictAverseState:
+    report = Report({"hyper_weights": _shares(weights.values)})
+    return HyperConflictAverseState(weights, direction, report)
 
 
 def hyper_conflict_averse(
@@ -88,41 +124,46 @@ def hyper_conflict_averse(
     groups: jax.Array | None = None,
     hyper: HyperOptimizer = RELEASED,
 ) -> optax.GradientTransformationExtraArgs:
-    """FedHCA2's encoder rule, ``[clients, ...] -> [clients, ...]``: each client's own update, plus its share of the conflict-averse direction.
+    """FedHCA2's encoder rule: each client's update, and its share of a common direction.
 
         update_i <- update_i + clip(a_i, 0, 1) U,   U = CAGrad of all updates
 
+    ``[clients, ...] -> [clients, ...]``. A client's hyper-weight a_i learns when it took part in
+    the round before too.
+
     Args:
-        alpha: CAGrad's radius (divided by ``1 + alpha^2``). hyper: the a_i's optimiser.
-        groups: int ``[population]``; after U, updates of clients of one group (same domain and tasks) are replaced by their mean. The authors' code does so for neighbours in its list, FMTL-Bench's not at
-            all (None).
+        alpha: CAGrad's radius (U is divided by ``1 + alpha^2``).
+        groups: int ``[population]``; after U, updates of clients of one group (same domain and
+            tasks) are replaced by their mean. The authors' code does so for neighbours in its list,
+            FMTL-Bench's not at all (None).
+        hyper: the a_i's optimiser.
 
-    A client's hyper-weight learns when it took part in the round before too. Extra arguments used: ``client_ids``, ``present``.
+    Extra arguments used: ``client_ids``, ``present``. Reports ``hyper_weights`` ``[clients]``.
     """
-    averse = conflict_averse(alpha=alpha, rescale=1)
 
-    def init(params):
-        count = jax.tree.leaves(params)[0].shape[0]
+    def init(params: PyTree) -> HyperConflictAverseState:
         direction = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), params)
-        return HyperConflictAverseState(hyper.start((count,)), direction)
+        return _encoder_state(hyper.start((num_rows(params),)), direction)
 
     def update(updates, state, params=None, *, client_ids=None, present=None, **extra_args):
         del params, extra_args
-        ids, there = _identity(client_ids, present, jax.tree.leaves(updates)[0].shape[0])
+        ids, there = numbers_of(updates, client_ids), who_is_there(updates, present)
         updates = trees.mask_clients(updates, there)
         before = jax.tree.map(lambda leaf: leaf[None], state.direction)
         agreement = trees.inner_products(updates, before)[:, 0]
         weights = hyper.learn(state.weights, agreement, ids, there)
-        direction, _ = averse.update(updates, optax.EmptyState(), present=there)
+        direction, _ = conflict_averse_direction(
+            updates, mean_weights(there), there, alpha=alpha, divisor=1 + alpha**2
+        )
         if groups is not None:
             updates = trees.mix_clients(_group_mean(jnp.asarray(groups)[ids], there), updates)
-        shares = jnp.where(there, jnp.clip(weights.values[ids], 0, 1), 0)
+        shares = jnp.where(there, _shares(weights.values[ids]), 0)
         helped = jax.tree.map(
-            lambda x, u: x + (shares.reshape((-1,) + (1,) * u.ndim) * u).astype(x.dtype),
+            lambda x, u: x + (trees.along_first_axis(shares, x) * u).astype(x.dtype),
             updates,
             direction,
         )
-        return helped, HyperConflictAverseState(weights, direction)
+        return helped, _encoder_state(weights, direction)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -132,20 +173,40 @@ def _group_mean(groups: jax.Array, present: jax.Array) -> jax.Array:
     return same / jnp.maximum(jnp.sum(same, axis=1, keepdims=True), 1)
 
 
-def cross_attention(updates: jax.Array, there: jax.Array) -> jax.Array:
-    """Each decoder's attention over all decoders' updates of one tensor, ``[decoders, size] -> [decoders, decoders]``.
+# --- Decoders.
 
-    Row softmax of ``<D_i, D_j> / sqrt(size)``, itself included, over the decoders that are ``there``.
+
+def cross_attention(updates: jax.Array, there: jax.Array) -> jax.Array:
+    """Each decoder's attention over all decoders' updates of one tensor, ``[decoders, decoders]``.
+
+    It is the row softmax of ``<D_i, D_j> / sqrt(size)``, itself included, over the decoders that
+    are there.
+
+    Args:
+        updates: D, ``[decoders, size]``.
+        there: bool ``[decoders]``.
     """
-    scores = updates @ updates.T / jnp.sqrt(updates.shape[1])
+    scores = trees.inner_products(updates, updates) / jnp.sqrt(updates.shape[1])
     return jnp.where(there[:, None], jax.nn.softmax(scores, axis=1, where=there), 0)
 
 
 class HyperAttentionState(NamedTuple):
-    """Hyper-weights ``[population, decoders of a client, layers]`` and what attention gave last, leaves ``[population, decoders, ...]``."""
+    """What the decoders' rule remembers.
+
+    Attributes:
+        weights: the hyper-weights, ``[population, decoders of a client, layers]``.
+        attended: what attention gave last, leaves ``[population, decoders, ...]``.
+        report: ``layer_hyper_weights``, of the shape of ``weights``, as they are used.
+    """
 
     weights: HyperWeights
-    attended: PyTree
+    attended: Decoders
+    report: Report
+
+
+def _decoder_state(weights: HyperWeights, attended: Decoders) -> HyperAttentionState:
+    report = Report({"layer_hyper_weights": _shares(weights.values)})
+    return HyperAttentionState(weights, attended, report)
 
 
 def hyper_attention(
@@ -154,62 +215,110 @@ def hyper_attention(
     owned: jax.Array | None = None,
     hyper: HyperOptimizer = RELEASED,
 ) -> optax.GradientTransformationExtraArgs:
-    """FedHCA2's decoder rule, ``[clients, ...] -> [clients, ...]``: each decoder's own update, plus its layers' shares of what attention over all decoders gives.
+    """FedHCA2's decoder rule: each decoder's update, plus its share of what attention gives.
 
         update_i^l <- update_i^l + clip(b_i^l, 0, 1) softmax(<D_i^l, D_j^l> / sqrt(size)) D^l
 
-    Attention is tensor by tensor; the tensors of one layer (one module: kernel and bias) share a hyper-weight.
+    ``[clients, ...] -> [clients, ...]``. Attention is over all clients' decoders, tensor by tensor;
+    the tensors of one layer (one module: kernel and bias) share a hyper-weight b.
 
     Args:
-        decoders: path prefixes of a client's decoders, e.g. ``[("decoders", "depth"), ("decoders", "normals")]``, all of one structure; default: all leaves are one decoder.
-        owned: bool ``[population, decoders]``, which of them a client has (its tasks); default all. Others neither attend nor are attended to.
+        decoders: path prefixes of a client's decoders, e.g.
+            ``[("decoders", "depth"), ("decoders", "normals")]``, all of one structure; default: all
+            leaves are one decoder.
+        owned: bool ``[population, decoders]``, which of them a client has (its tasks); default all.
+            Others neither attend nor are attended to.
+        hyper: the optimiser of b.
 
-    Extra arguments used: ``client_ids``, ``present``. Raises ValueError: (at init) decoders of different structure, or a prefix without leaves.
+    Extra arguments used: ``client_ids``, ``present``, and ``owned``, a tree like the updates with
+    bool ``[cohort]`` in every leaf: a decoder takes part only if all of its leaves are the client's
+    own. Reports ``layer_hyper_weights`` ``[clients, decoders, layers]``.
+
+    Raises:
+        InputError: (at init) decoders of different structure, or a prefix without leaves.
     """
     prefixes = [()] if decoders is None else [tuple(path) for path in decoders]
 
-    def init(params):
+    def init(params: PyTree) -> HyperAttentionState:
         stacked = _stack_decoders(params, prefixes)
-        count = jax.tree.leaves(params)[0].shape[0]
-        weights = hyper.start((count, len(prefixes), len(_layers(stacked))))
-        return HyperAttentionState(
-            weights, {path: jnp.zeros_like(x) for path, x in stacked.items()}
-        )
+        weights = hyper.start((num_rows(params), len(prefixes), len(_layers(stacked))))
+        return _decoder_state(weights, jax.tree.map(jnp.zeros_like, stacked))
 
-    def update(updates, state, params=None, *, client_ids=None, present=None, **extra_args):
-        del params, extra_args
-        ids, present = _identity(client_ids, present, jax.tree.leaves(updates)[0].shape[0])
-        updates = trees.mask_clients(updates, present)
-        stacked = _stack_decoders(updates, prefixes)
-        layers = _layers(stacked)
-        shape = (len(ids), len(prefixes))
-        mine = jnp.ones(shape, bool) if owned is None else jnp.asarray(owned, bool)[ids]
-        there = mine & present[:, None]
-        before = trees.take_clients(state.attended, ids)
-        products = {path: _products(before[path], stacked[path]) for path in stacked}
-        agreement = jnp.stack([sum(products[path] for path in layer) for layer in layers], axis=-1)
-        weights = hyper.learn(state.weights, agreement, ids, present)
-        shares = jnp.where(there[..., None], jnp.clip(weights.values[ids], 0, 1), 0)
-        attended, helped = {}, {}
-        for index, layer in enumerate(layers):
-            for path in layer:
-                x = stacked[path]
-                flat = jnp.where(there.reshape(-1, 1), x.reshape(there.size, -1), 0)
-                given = (cross_attention(flat, there.reshape(-1)) @ flat).reshape(x.shape)
-                share = shares[..., index].reshape(shape + (1,) * (x.ndim - 2))
-                attended[path], helped[path] = given, x + share * given
-        attended = trees.put_clients(state.attended, ids, attended, present)
-        return _unstack_decoders(helped, prefixes, updates), HyperAttentionState(weights, attended)
+    return optax.GradientTransformationExtraArgs(
+        init, functools.partial(_attend, prefixes, owned, hyper)
+    )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+
+def _attend(
+    prefixes: Sequence[trees.Path],
+    owned_by_number: jax.Array | None,
+    hyper: HyperOptimizer,
+    updates: PyTree,
+    state: HyperAttentionState,
+    params: PyTree | None = None,
+    *,
+    client_ids: jax.Array | None = None,
+    present: jax.Array | None = None,
+    owned: PyTree | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, HyperAttentionState]:
+    """The update of :func:`hyper_attention`."""
+    del params, extra_args
+    ids, present = numbers_of(updates, client_ids), who_is_there(updates, present)
+    updates = trees.mask_clients(updates, present)
+    stacked = _stack_decoders(updates, prefixes)
+    mine = _ownership(prefixes, owned_by_number, owned, ids)
+    there = mine & present[:, None]
+    layers = _layers(stacked)
+    products = jax.tree.map(_products, trees.take_clients(state.attended, ids), stacked)
+    agreement = jnp.stack([sum(products[path] for path in layer) for layer in layers], axis=-1)
+    weights = hyper.learn(state.weights, agreement, ids, present)
+    shares = jnp.where(there[..., None], _shares(weights.values[ids]), 0)
+    given = jax.tree.map(lambda x: _attended(x, there), stacked)
+    helped = {
+        path: stacked[path] + _along_decoders(shares[..., index], given[path])
+        for index, layer in enumerate(layers)
+        for path in layer
+    }
+    attended = trees.put_clients(state.attended, ids, given, present)
+    return _unstack_decoders(helped, prefixes, updates), _decoder_state(weights, attended)
+
+
+def _ownership(
+    prefixes: Sequence[trees.Path],
+    owned_by_number: jax.Array | None,
+    owned: PyTree | None,
+    client_ids: jax.Array,
+) -> jax.Array:
+    """Which decoders the cohort's clients have, bool ``[cohort, decoders]``, by both accounts."""
+    mine = jnp.ones((len(client_ids), len(prefixes)), bool)
+    if owned_by_number is not None:
+        mine &= jnp.asarray(owned_by_number, bool)[client_ids]
+    if owned is not None:
+        for leaf in _stack_decoders(owned, prefixes).values():
+            mine &= leaf
+    return mine
+
+
+def _attended(updates: jax.Array, there: jax.Array) -> jax.Array:
+    """What attention gives each decoder of one tensor, ``[cohort, decoders, ...]``, from all."""
+    flat = updates.reshape(there.size, -1)
+    flat = trees.mask_clients(flat, there.reshape(-1))
+    attention = cross_attention(flat, there.reshape(-1))
+    return trees.mix_clients(attention, flat).reshape(updates.shape)
+
+
+def _along_decoders(shares: jax.Array, given: jax.Array) -> jax.Array:
+    """Each decoder's share of what it is given, ``[cohort, decoders, ...]``."""
+    return shares.reshape(shares.shape + (1,) * (given.ndim - 2)) * given
 
 
 def _products(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Inner products decoder by decoder, ``[cohort, decoders, ...]`` twice ``-> [cohort, decoders]``."""
+    """Inner products decoder by decoder, of ``[cohort, decoders, ...]``: ``[cohort, decoders]``."""
     return jnp.sum((first * second).reshape(*first.shape[:2], -1), axis=-1)
 
 
-def _layers(stacked: dict[trees.Path, jax.Array]) -> list[list[trees.Path]]:
+def _layers(stacked: Decoders) -> list[list[trees.Path]]:
     """Paths by the module they belong to."""
     modules: dict[trees.Path, list[trees.Path]] = {}
     for path in sorted(stacked):
@@ -217,31 +326,32 @@ def _layers(stacked: dict[trees.Path, jax.Array]) -> list[list[trees.Path]]:
     return [modules[name] for name in sorted(modules)]
 
 
-def _stack_decoders(tree: PyTree, prefixes: Sequence[trees.Path]) -> dict[trees.Path, jax.Array]:
-    """Leaves of all decoders of a client side by side, by their path inside the decoder, ``[clients, decoders, ...]``."""
+def _stack_decoders(tree: PyTree, prefixes: Sequence[trees.Path]) -> Decoders:
+    """Leaves of all decoders of a client side by side, by their path inside the decoder.
+
+    They are ``[clients, decoders, ...]``.
+    """
     leaves = trees.leaves_by_path(tree)
-    parts = []
+    parts: list[Decoders] = []
     for prefix in prefixes:
         inside = {
             path[len(prefix) :]: x for path, x in leaves.items() if path[: len(prefix)] == prefix
         }
         shapes = {path: x.shape for path, x in inside.items()}
         if not inside:
-            raise ValueError(
+            raise InputError(
                 f"no parameters below {'/'.join(prefix)}; name the clients' decoders as they are"
             )
         if parts and shapes != {path: x.shape for path, x in parts[0].items()}:
-            raise ValueError(
-                f"decoder {'/'.join(prefix)} has other layers than {'/'.join(prefixes[0])}; attention needs decoders of one structure, "
-                "leave the last layers out"
+            raise InputError(
+                f"decoder {'/'.join(prefix)} has other layers than {'/'.join(prefixes[0])}; "
+                "attention needs decoders of one structure, leave the last layers out"
             )
         parts.append(inside)
     return {path: jnp.stack([part[path] for part in parts], axis=1) for path in parts[0]}
 
 
-def _unstack_decoders(
-    stacked: dict[trees.Path, jax.Array], prefixes: Sequence[trees.Path], like: PyTree
-) -> PyTree:
+def _unstack_decoders(stacked: Decoders, prefixes: Sequence[trees.Path], like: PyTree) -> PyTree:
     """The inverse of :func:`_stack_decoders`; leaves of ``like`` outside all decoders pass."""
     leaves = {
         (*prefix, *path): x[:, index]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 
 
 def private_average(
@@ -13,16 +14,19 @@ def private_average(
     *,
     expected_clients: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips every client's update and adds Gaussian noise to their sum, ``[clients, ...] -> [...]``.
+    """Clips every client's update and adds Gaussian noise to their sum.
 
         (sum_c clip(update_c, max_norm) + N(0, (noise_multiplier * max_norm)^2)) / expected_clients
 
-    All clients weigh the same: weights by data size would need a sensitivity of their own. Clipping is optax's. The privacy spent is not accounted
-    here; with cohorts sampled at random use an accountant for the sampled Gaussian mechanism.
+    ``[clients, ...] -> [...]``. All clients weigh the same: weights by data size would need a
+    sensitivity of their own. Clipping is optax's. The privacy spent is not accounted here; with
+    cohorts sampled at random use an accountant for the sampled Gaussian mechanism.
 
     Args:
-        max_norm: l2 norm over all leaves. noise_multiplier: of the noise relative to it.
-        expected_clients: a fixed denominator, so that who came is not revealed; default the cohort's slots.
+        max_norm: the largest l2 norm of a client's update, over all leaves.
+        noise_multiplier: standard deviation of the noise, relative to ``max_norm``.
+        expected_clients: a fixed denominator, so that who came is not revealed; default the number
+            of the cohort's slots.
 
     Extra arguments used: ``key`` (required), ``present``.
     """
@@ -30,9 +34,11 @@ def private_average(
     def update(updates, state, params=None, *, key=None, present=None, **extra_args):
         del params, extra_args
         if key is None:
-            raise ValueError("private_average draws noise and needs the extra argument key")
+            raise InputError("private_average draws noise and needs the extra argument key")
         leaves, structure = jax.tree.flatten(trees.mask_clients(updates, present))
-        total, _ = optax.per_example_global_norm_clip(leaves, max_norm)
+        # Optax sums the clients' rows by a matrix product of the default precision.
+        with jax.default_matmul_precision("highest"):
+            total, _ = optax.per_example_global_norm_clip(leaves, max_norm)
         noise = optax.tree.random_like(key, total, sampler=jax.random.normal)
         number = leaves[0].shape[0] if expected_clients is None else expected_clients
         noisy = jax.tree.map(

@@ -1,6 +1,7 @@
 """The boundary F-score at the optimal data-set scale (odsF), on the host.
 
-A stand-in for the MATLAB tool (SEISM) that the papers use: predictions are thinned by non-maximum suppression, and matching within the tolerance is by distance transforms instead of one-to-one
+A stand-in for the MATLAB tool (SEISM) that the papers use: predictions are thinned by non-maximum
+suppression, and matching within the tolerance is by distance transforms instead of one-to-one
 assignment, which is more lenient for thick predictions.
 """
 
@@ -33,11 +34,13 @@ def thin(probability: np.ndarray) -> np.ndarray:
 def boundary_f(
     probabilities: np.ndarray, labels: np.ndarray, max_distance: float = 0.011, thinned: bool = True
 ) -> tuple[float, float]:
-    """The best data-set F over thresholds, and the threshold: ``probabilities, labels [images, h, w]``.
+    """The best data-set F over thresholds, and the threshold.
 
     Args:
-        labels: 0, 1, or 255 where to be ignored.
-        max_distance: tolerance as a share of the image diagonal: 0.011 on NYUD-v2, 0.0075 on PASCAL-Context.
+        probabilities: of an edge, ``[images, h, w]``.
+        labels: ``[images, h, w]``, 0, 1, or 255 where to be ignored.
+        max_distance: the tolerance as a share of the image diagonal: 0.011 on NYUD-v2, 0.0075 on
+            PASCAL-Context.
         thinned: thin the predictions first.
     """
     hits = np.zeros((len(THRESHOLDS), 4))

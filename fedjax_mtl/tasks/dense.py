@@ -1,16 +1,19 @@
-"""Dense prediction: losses and metrics of segmentation, depth, surface normals, edges, saliency and pixel-wise regression.
+"""Dense prediction: segmentation, depth, surface normals, edges, saliency, pixel-wise regression.
 
-As in FMTL-Bench (arXiv 2402.12876, sections on losses and metrics; released code where it says so). Labels are ``[batch, height, width, channels]`` with 255 where they are to be
-ignored. A loss is the mean over an image's own valid pixels and every image weighs the same; the released code pools the pixels of a batch.
+Losses and metrics are as in FMTL-Bench (arXiv 2402.12876, sections on losses and metrics), or as in
+its released code where that is said. Labels are ``[batch, height, width, channels]`` with 255
+where they are to be ignored. A loss is the mean over an image's own valid pixels and every image
+weighs the same; the released code pools the pixels of a batch.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_mtl.core.task import PooledMetric, Task
-from fedjax_mtl.tasks.classification import mix_binary, mix_classes
-from fedjax_mtl.tasks.regression import root_mean_square
+from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.task import SHARE, Metric, Task
+from fedjax_mtl.tasks._classification import mix_binary, mix_classes
+from fedjax_mtl.tasks._regression import root_mean_square
 
 IGNORE = 255
 SALIENCY_THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
@@ -23,11 +26,16 @@ def _image_sum(values: jax.Array) -> jax.Array:
 
 
 def _image_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean over each image's valid pixels, ``[batch, h, w] -> [batch]``; 0 for an image without any."""
+    """Mean over each image's valid pixels, ``[batch, h, w] -> [batch]``; 0 where there are none."""
     return _image_sum(jnp.where(valid, values, 0)) / jnp.maximum(_image_sum(valid), 1)
 
 
-def _mean_over_models(outputs, weights):
+def _pooled_mean(sums: dict[str, jax.Array]) -> jax.Array:
+    """The mean over all valid pixels of the evaluation set."""
+    return sums["sum"] / jnp.maximum(sums["count"], 1)
+
+
+def _mean_over_models(outputs: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.tensordot(weights, outputs, 1)
 
 
@@ -38,9 +46,15 @@ def _unit(vectors: jax.Array) -> jax.Array:
 
 
 def segmentation(name: str, num_classes: int) -> Task:
-    """Semantic segmentation: outputs logits ``[batch, h, w, num_classes]``, labels class numbers ``[batch, h, w, 1]``.
+    """Semantic segmentation, with cross entropy.
 
-    ``miou``: intersection over union of the pooled pixels of each class, plain mean over all classes; a class that never occurs counts as 0.
+    Outputs are logits ``[batch, h, w, num_classes]``, labels class numbers ``[batch, h, w, 1]``.
+    ``miou`` is the intersection over union of the pooled pixels of each class, plainly averaged
+    over all classes; a class that never occurs counts as 0.
+
+    Args:
+        name: names the task.
+        num_classes: the classes are 0 to ``num_classes - 1``.
     """
 
     def loss(outputs, labels):
@@ -51,7 +65,7 @@ def segmentation(name: str, num_classes: int) -> Task:
             optax.losses.softmax_cross_entropy_with_integer_labels(outputs, target), valid
         )
 
-    def statistics(outputs, labels):
+    def overlaps(outputs, labels):
         target = labels[..., 0].astype(jnp.int32)
         predicted = jnp.argmax(outputs, axis=-1)
         valid = target != IGNORE
@@ -63,20 +77,20 @@ def segmentation(name: str, num_classes: int) -> Task:
         both, either = jax.vmap(per_class, out_axes=1)(jnp.arange(num_classes))
         return {"intersection": both, "union": either}
 
-    def miou(totals):
-        return jnp.mean(
-            jnp.where(
-                totals["union"] > 0, totals["intersection"] / jnp.maximum(totals["union"], 1), 0
-            )
-        )
+    def mean_iou(sums):
+        union = sums["union"]
+        return jnp.mean(jnp.where(union > 0, sums["intersection"] / jnp.maximum(union, 1), 0))
 
-    return Task(name, loss, {"miou": PooledMetric(statistics, miou)}, mix_classes)
+    miou = Metric(overlaps, higher_is_better=True, unit=SHARE, primary=True, finish=mean_iou)
+    return Task(name, loss, {"miou": miou}, mix_classes)
 
 
 def depth(name: str = "depth") -> Task:
-    """Depth: outputs and labels ``[batch, h, w, 1]`` in metres; L1 loss, pooled ``rmse`` over pixels with 0 < label < 80.
+    """Depth: outputs and labels ``[batch, h, w, 1]`` in metres.
 
-    Missing depth must be marked 255 in the labels (0 enters the loss, as in the released code). Predictions are clamped at 0 for the metric.
+    The loss is L1; ``rmse`` pools the pixels with 0 < label < 80. Missing depth must be marked 255
+    in the labels (0 enters the loss, as in the released code). Predictions are clamped at 0 for
+    the metric.
     """
 
     def loss(outputs, labels):
@@ -93,13 +107,15 @@ def depth(name: str = "depth") -> Task:
     def counts(outputs, labels):
         return _image_sum(known(outputs, labels)).astype(jnp.float32)
 
-    return Task(name, loss, {"rmse": root_mean_square(squares, counts)}, _mean_over_models)
+    rmse = root_mean_square(squares, counts, unit="m")
+    return Task(name, loss, {"rmse": rmse}, _mean_over_models)
 
 
 def normals(name: str = "normals") -> Task:
     """Surface normals: outputs ``[batch, h, w, 3]``, normalised here, labels unit vectors or 255.
 
-    Loss: L1 summed over the channels. ``angle_error``: mean angle in degrees over all valid pixels, ``2 atan2(||p - g||, ||p + g||)``.
+    The loss is L1, summed over the channels. ``angle_error`` is the mean angle over all valid
+    pixels, in degrees, by ``2 atan2(||p - g||, ||p + g||)``.
     """
 
     def valid_pixels(labels):
@@ -108,26 +124,36 @@ def normals(name: str = "normals") -> Task:
     def loss(outputs, labels):
         return _image_mean(jnp.sum(jnp.abs(_unit(outputs) - labels), axis=-1), valid_pixels(labels))
 
-    def statistics(outputs, labels):
+    def angles(outputs, labels):
         valid = valid_pixels(labels)
         predicted, true = _unit(outputs), _unit(labels)
         apart = jnp.linalg.norm(predicted - true, axis=-1)
-        angles = jnp.degrees(2 * jnp.arctan2(apart, jnp.linalg.norm(predicted + true, axis=-1)))
-        return {"sum": _image_sum(jnp.where(valid, angles, 0)), "count": _image_sum(valid)}
+        degrees = jnp.degrees(2 * jnp.arctan2(apart, jnp.linalg.norm(predicted + true, axis=-1)))
+        return {"sum": _image_sum(jnp.where(valid, degrees, 0)), "count": _image_sum(valid)}
 
-    metric = PooledMetric(statistics, lambda t: t["sum"] / jnp.maximum(t["count"], 1))
-    return Task(name, loss, {"angle_error": metric}, _mean_over_models)
+    error = Metric(
+        angles, higher_is_better=False, unit="degrees", primary=True, finish=_pooled_mean
+    )
+    return Task(name, loss, {"angle_error": error}, _mean_over_models)
 
 
 def edges(name: str = "edge", positive_weight: float = 0.95, fidelity: str = "paper") -> Task:
-    """Edges: outputs one logit ``[batch, h, w, 1]``, labels in {0, 1} or 255; weighted binary cross entropy.
+    """Edges: outputs one logit ``[batch, h, w, 1]``, labels in {0, 1} or 255.
 
-    ``pixel_loss`` is that loss pooled over pixels with weight 0.95; with ``fidelity="released"`` of the probability where the logit belongs, as the released meter does,
-    which squeezes all values into a narrow band. Positive weight: the paper says 0.8 for NYUD, the released code 0.95 everywhere. For odsF see
-    :mod:`fedjax_mtl.tasks.boundaries`.
+    The loss is a weighted binary cross entropy. ``pixel_loss`` is that loss, pooled over pixels
+    and always with weight 0.95. For odsF see :mod:`fedjax_mtl.tasks.boundaries`.
+
+    Args:
+        name: names the task.
+        positive_weight: of the pixels on an edge, in the loss; the others weigh one minus it. The
+            paper says 0.8 for NYUD, the released code 0.95 everywhere.
+        fidelity: with ``released`` the metric takes the probability where the logit belongs, as
+            the released meter does, which squeezes all values into a narrow band.
+
+    Raises:
+        InputError: an unknown fidelity.
     """
-    if fidelity not in ("paper", "released"):
-        raise ValueError(f"unknown fidelity {fidelity!r}; expected 'paper' or 'released'")
+    check_fidelity(fidelity)
 
     def weighted(logits, labels, weight):
         return weight * labels * jax.nn.softplus(-logits) + (1 - weight) * (
@@ -138,26 +164,34 @@ def edges(name: str = "edge", positive_weight: float = 0.95, fidelity: str = "pa
         target = labels[..., 0]
         return _image_mean(weighted(outputs[..., 0], target, positive_weight), target != IGNORE)
 
-    def statistics(outputs, labels):
+    def pixel_losses(outputs, labels):
         target, logits = labels[..., 0], outputs[..., 0]
         logits = jax.nn.sigmoid(logits) if fidelity == "released" else logits
         valid = target != IGNORE
         values = weighted(logits, target, 0.95)
         return {"sum": _image_sum(jnp.where(valid, values, 0)), "count": _image_sum(valid)}
 
-    metric = PooledMetric(statistics, lambda t: t["sum"] / jnp.maximum(t["count"], 1))
-    return Task(name, loss, {"pixel_loss": metric}, mix_binary)
+    pixel_loss = Metric(pixel_losses, higher_is_better=False, primary=True, finish=_pooled_mean)
+    return Task(name, loss, {"pixel_loss": pixel_loss}, mix_binary)
 
 
 def saliency(name: str = "sal", fidelity: str = "paper") -> Task:
     """Saliency: outputs two logits ``[batch, h, w, 2]``, labels in {0, 1} or 255.
 
-    Loss: cross entropy whose class weights are ``(1 - f, f)``, f the share of the image's valid pixels that are not salient, divided by the pixel count.
-    ``max_f``: F with beta^2 = 0.3 at the best of the thresholds 0.05, ..., 0.95 on pooled counts; ``max_iou``: likewise the mean IoU of both classes. The released FMTL-Bench meter applies
-    another sigmoid to the probability (``fidelity="released"``).
+    The loss is a cross entropy whose class weights are ``(1 - f, f)``, with f the share of the
+    image's valid pixels that are not salient, divided by the pixel count. ``max_f`` is F with
+    beta^2 = 0.3 at the best of the thresholds 0.05, ..., 0.95, on pooled counts; ``max_iou`` is
+    likewise the mean IoU of both classes.
+
+    Args:
+        name: names the task.
+        fidelity: with ``released`` another sigmoid is applied to the probability, as in
+            FMTL-Bench's released meter.
+
+    Raises:
+        InputError: an unknown fidelity.
     """
-    if fidelity not in ("paper", "released"):
-        raise ValueError(f"unknown fidelity {fidelity!r}; expected 'paper' or 'released'")
+    check_fidelity(fidelity)
 
     def loss(outputs, labels):
         target = labels[..., 0]
@@ -169,7 +203,7 @@ def saliency(name: str = "sal", fidelity: str = "paper") -> Task:
         )
         return _image_mean(jnp.where(salient, background, 1 - background) * values, valid)
 
-    def statistics(outputs, labels):
+    def hits_by_threshold(outputs, labels):
         target = labels[..., 0]
         valid = target != IGNORE
         true = valid & (target > 0.5)
@@ -189,27 +223,36 @@ def saliency(name: str = "sal", fidelity: str = "paper") -> Task:
             "valid": _image_sum(valid),
         }
 
-    def max_f(t):
-        precision = t["hits"] / jnp.maximum(t["said"], 1)
-        recall = t["hits"] / jnp.maximum(t["true"], 1)
+    def max_f(sums):
+        precision = sums["hits"] / jnp.maximum(sums["said"], 1)
+        recall = sums["hits"] / jnp.maximum(sums["true"], 1)
         bottom = SALIENCY_BETA_SQUARED * precision + recall
         score = (1 + SALIENCY_BETA_SQUARED) * precision * recall / jnp.where(bottom > 0, bottom, 1)
         return jnp.max(score)
 
-    def max_iou(t):
-        salient = t["hits"] / jnp.maximum(t["said"] + t["true"] - t["hits"], 1)
-        background = t["rejected"] / jnp.maximum(t["valid"] - t["hits"], 1)
+    def max_iou(sums):
+        hits = sums["hits"]
+        salient = hits / jnp.maximum(sums["said"] + sums["true"] - hits, 1)
+        background = sums["rejected"] / jnp.maximum(sums["valid"] - hits, 1)
         return jnp.max((salient + background) / 2)
 
+    share = Metric(hits_by_threshold, higher_is_better=True, unit=SHARE)
     metrics = {
-        "max_f": PooledMetric(statistics, max_f),
-        "max_iou": PooledMetric(statistics, max_iou),
+        "max_f": share._replace(finish=max_f, primary=True),
+        "max_iou": share._replace(finish=max_iou),
     }
     return Task(name, loss, metrics, mix_classes)
 
 
-def pixel_regression(name: str) -> Task:
-    """Any other map of real values: L1 loss and pooled ``rmse`` over pixels that are not 255; ``[batch, h, w, channels]``."""
+def pixel_regression(name: str, unit: str = "") -> Task:
+    """Any other map of real values, ``[batch, h, w, channels]``, over pixels that are not 255.
+
+    The loss is L1, the metric the pooled ``rmse``.
+
+    Args:
+        name: names the task.
+        unit: of the values.
+    """
 
     def valid_pixels(labels):
         return jnp.all(labels != IGNORE, axis=-1)
@@ -226,7 +269,8 @@ def pixel_regression(name: str) -> Task:
         del outputs
         return _image_sum(valid_pixels(labels)).astype(jnp.float32)
 
-    return Task(name, loss, {"rmse": root_mean_square(squares, counts)}, _mean_over_models)
+    rmse = root_mean_square(squares, counts, unit=unit)
+    return Task(name, loss, {"rmse": rmse}, _mean_over_models)
 
 
 # FMTL-Bench's weights of the tasks in a client's loss (released code), by domain.

@@ -1,4 +1,4 @@
-"""Losses of one score with their convex conjugates, for methods that work in the dual (MOCHA and its kin)."""
+"""Losses of one score with their convex conjugates, for methods in the dual (MOCHA and its kin)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
-from fedjax_mtl.core.task import Task
-from fedjax_mtl.tasks.regression import root_mean_square
+from fedjax_mtl.core.checks import InputError
+from fedjax_mtl.core.task import SHARE, Metric, Task
+from fedjax_mtl.tasks._regression import root_mean_square
 
 _MOST_REFINEMENTS = 100
 
@@ -19,10 +20,11 @@ class DualLoss(NamedTuple):
     Attributes:
         name: names it in tasks and messages.
         loss: ``(z, y) -> loss``.
-        conjugate: ``(alpha, y) -> conj(-alpha)``, the convex conjugate in the score at minus the dual variable. It is
-            finite only in the loss's domain, which :attr:`ascend` never leaves.
-        ascend: ``(alpha, y, f, c) -> new alpha``, the exact maximiser of one coordinate of the dual, where f is the current score of the
-            example and c > 0 the curvature.
+        conjugate: ``(alpha, y) -> conj(-alpha)``, the convex conjugate in the score at minus the
+            dual variable. It is finite only in the loss's domain, which :attr:`ascend` never
+            leaves.
+        ascend: ``(alpha, y, f, c) -> new alpha``, the exact maximiser of one coordinate of the
+            dual, where f is the current score of the example and c > 0 the curvature.
         labels: ``signs`` (-1 and 1) or ``real``.
     """
 
@@ -34,7 +36,7 @@ class DualLoss(NamedTuple):
 
 
 def hinge() -> DualLoss:
-    """``max(0, 1 - y z)``, the loss of MOCHA's experiments (arXiv 1705.10467); ``0 <= alpha y <= 1``."""
+    """``max(0, 1 - y z)``; ``0 <= alpha y <= 1``. MOCHA's experiments use it (arXiv 1705.10467)."""
 
     def ascend(alpha, y, f, c):
         return y * jnp.clip(y * alpha + (1 - y * f) / c, 0, 1)
@@ -49,9 +51,15 @@ def hinge() -> DualLoss:
 
 
 def smoothed_hinge(smoothing: float = 1.0) -> DualLoss:
-    """The hinge with a quadratic corner of width ``smoothing`` (Shalev-Shwartz and Zhang, JMLR 2013); ``0 <= alpha y <= 1``."""
+    """The hinge with a quadratic corner of width ``smoothing``; ``0 <= alpha y <= 1``.
+
+    See Shalev-Shwartz and Zhang, JMLR 2013.
+
+    Raises:
+        InputError: a width that is not positive.
+    """
     if smoothing <= 0:
-        raise ValueError(f"smoothing is {smoothing}; give a positive width, or use hinge()")
+        raise InputError(f"smoothing is {smoothing}; give a positive width, or use hinge()")
 
     def loss(z, y):
         margin = 1 - y * z
@@ -87,8 +95,9 @@ def squared() -> DualLoss:
 def logistic() -> DualLoss:
     """``log(1 + exp(-y z))``; ``0 <= alpha y <= 1``.
 
-    A coordinate's maximiser has no closed form: with ``a = alpha y = sigmoid(s)`` it solves ``s + y f + c (sigmoid(s) - a_old) = 0``, increasing in s, by
-    Newton steps safeguarded by bisection.
+    A coordinate's maximiser has no closed form: with ``a = alpha y = sigmoid(s)`` it solves
+    ``s + y f + c (sigmoid(s) - a_old) = 0``, which increases in s, by Newton steps that are
+    safeguarded by bisection.
     """
 
     def conjugate(alpha, y):
@@ -104,7 +113,8 @@ def logistic() -> DualLoss:
             value = s + y * f + c * (a - old)
             low, high = jnp.where(value < 0, s, low), jnp.where(value < 0, high, s)
             newton = value / (1 + c * a * (1 - a))
-            # Between its flat ends and its steep middle the function sends plain Newton steps to and fro; halving ends that.
+            # Between its flat ends and its steep middle the function sends plain Newton steps to
+            # and fro; halving ends that.
             good = (s - newton > low) & (s - newton < high) & (2 * jnp.abs(newton) <= jnp.abs(step))
             moved = jnp.where(good, s - newton, (low + high) / 2)
             return count + 1, low, high, moved, moved - s
@@ -127,15 +137,27 @@ def logistic() -> DualLoss:
 def dual_task(loss: DualLoss, name: str | None = None) -> Task:
     """The task of judging scores by a dual loss: outputs ``[batch]``, labels ``[batch]``.
 
-    Labels of sign: ``error`` and ``accuracy`` (a score of 0 is wrong, as in MOCHA's released code). Real labels: pooled ``rmse``.
+    With labels of sign the metrics are ``accuracy`` and ``error``, where a score of 0 is wrong as
+    in MOCHA's released code; with real labels ``rmse`` over all examples.
+
+    Args:
+        loss: judges the scores, and says of which kind the labels are.
+        name: names the task; default: the loss's name.
     """
 
     def right(outputs, labels):
         return (jnp.sign(outputs) == labels).astype(jnp.float32)
 
+    def wrong(outputs, labels):
+        return 1 - right(outputs, labels)
+
+    def mix(outputs, weights):
+        return jnp.tensordot(weights, outputs, 1)
+
     metrics = {"rmse": root_mean_square(lambda z, y: jnp.square(z - y))}
     if loss.labels == "signs":
-        metrics = {"accuracy": right, "error": lambda z, y: 1 - right(z, y)}
-    return Task(
-        name or loss.name, loss.loss, metrics, lambda z, weights: jnp.tensordot(weights, z, 1)
-    )
+        metrics = {
+            "accuracy": Metric(right, higher_is_better=True, unit=SHARE, primary=True),
+            "error": Metric(wrong, higher_is_better=False, unit=SHARE),
+        }
+    return Task(name or loss.name, loss.loss, metrics, mix)

@@ -10,7 +10,7 @@ from fedjax_mtl import make_federation
 
 
 def federate(inputs, labels, capacity=None):
-    """Lists of ``[n_t, features]`` and ``[n_t]`` to a Federation, in their own precision."""
+    """Puts lists of ``[n_t, features]`` and ``[n_t]`` into a Federation, in their own precision."""
     sizes = [len(y) for y in labels]
     rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     examples = {"inputs": np.concatenate(inputs), "labels": np.concatenate(labels)}
@@ -32,17 +32,24 @@ def related_tasks(num_tasks=6, features=4, seed=0, regression=False, low=5, high
 
 
 def reference_data(name):
-    """``NAME.npz`` of the folder that the environment variable FEDJAX_MTL_DATA names; skips the test without it."""
+    """``NAME.npz`` of the folder that the environment variable FEDJAX_MTL_DATA names.
+
+    Without that file the test is skipped.
+    """
     folder = os.environ.get("FEDJAX_MTL_DATA")
     if not folder or not (pathlib.Path(folder) / f"{name}.npz").exists():
         pytest.skip(
-            f"needs {name}.npz in the folder that FEDJAX_MTL_DATA names (research data, not redistributed here)"
+            f"needs {name}.npz in the folder that FEDJAX_MTL_DATA names "
+            "(research data, not redistributed here)"
         )
     return np.load(pathlib.Path(folder) / f"{name}.npz")
 
 
 def every_fourth_is_test(data, inputs=None):
-    """Inside each task every fourth example is a test example; training and test Federation."""
+    """The training and the test Federation of a table.
+
+    Inside each task every fourth example is a test example.
+    """
     inputs = data["X"].astype(float) if inputs is None else inputs
     ends = np.cumsum(data["task_sizes"])
     tasks = np.split(np.arange(len(inputs)), ends[:-1])

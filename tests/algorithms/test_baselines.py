@@ -1,4 +1,7 @@
-"""Every baseline against an independent numpy program, written from its paper: float64, full batches, least squares."""
+"""Every baseline against an independent numpy program, written from its paper.
+
+All in float64, with full batches, on least squares.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_mtl import algorithms, make_execution, make_federation, simulate, tasks
+from fedjax_mtl import Solver, algorithms, make_execution, make_federation, server, simulate, tasks
 from fedjax_mtl.algorithms._l2sgd import coin_key, geometric
 from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.models import Model
@@ -59,7 +62,7 @@ def settings(**more):
 
 
 def training(steps, rate, **more):
-    return settings(plan=batching.epochs(steps, None), optimizer=optax.sgd(rate), **more)
+    return settings(solver=Solver(optax.sgd(rate), batching.epochs(steps, None)), **more)
 
 
 def close(ours, theirs):
@@ -86,20 +89,14 @@ def test_fedavg_and_fedprox():
 
 
 def test_fedavg_with_server_adam_is_fedadam():
-    server = optax.chain(algorithms_average(), optax.adam(0.05, b1=0.9, b2=0.99, eps=1e-3))
-    state, _, _ = run(algorithms.fedavg(**training(1, 0.1), server=server))
+    adam = optax.chain(server.average_clients(), optax.adam(0.05, b1=0.9, b2=0.99, eps=1e-3))
+    state, _, _ = run(algorithms.fedavg(**training(1, 0.1), server=adam))
     w, m, v = START, 0.0, 0.0
     for k in range(1, ROUNDS + 1):
         delta = sum(SHARES[t] * 0.1 * grad(w, t) for t in range(3))
         m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta**2
         w = w - 0.05 * (m / (1 - 0.9**k)) / (np.sqrt(v / (1 - 0.99**k)) + 1e-3)
     close(state.params, w)
-
-
-def algorithms_average():
-    from fedjax_mtl import server
-
-    return server.average_clients()
 
 
 def test_local_and_tuned():
@@ -279,10 +276,8 @@ def test_equal_components_stay_equal_and_mixtures_uniform():
 
 def test_decentralised_on_the_complete_graph_is_fedavg_over_equal_clients():
     """With W = 1/T everywhere, D-SGD's gossip is the server's mean."""
-    arguments = training(2, 0.1)
-    del arguments["num_clients"]
     gossip = algorithms.decentralized_fedem(
-        **arguments, num_components=1, mixing_matrix=jnp.full((3, 3), 1 / 3)
+        **training(2, 0.1), num_components=1, mixing_matrix=jnp.full((3, 3), 1 / 3)
     )
     state, _, _ = run(gossip)
     uniform, _, _ = run(algorithms.fedavg(**training(2, 0.1), weighting="uniform"))

@@ -5,18 +5,26 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import (
     ALGORITHMS,
+    MODEL,
     NUM_CLIENTS,
+    PLAN,
     SIZES,
+    SOLVER,
+    TASK,
+    VMAP,
     assert_trees_close,
     make_algorithms,
+    poisoned,
     small_federation,
 )
 
-from fedjax_mtl import make_execution, simulate
+from fedjax_mtl import Solver, algorithms, evaluate_clients, make_execution, simulate
 from fedjax_mtl.core import sampling
+from fedjax_mtl.relations import gossip, graphs
 
 NAMES = sorted(ALGORITHMS)
 KEY = jax.random.key(3)
@@ -56,8 +64,7 @@ def test_round_keeps_structure_shapes_and_types(name):
     assert jax.tree.structure(new) == jax.tree.structure(state)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, new, state)
     assert all(jax.tree.leaves(same))
-    assert "loss" in metrics
-    assert all(m.shape == () for m in metrics.values())
+    assert {"loss", "diverged", "participants"} <= set(metrics)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,7 +118,10 @@ PARTIAL = [name for name in NAMES if name not in WHOLE]
 
 @pytest.mark.parametrize("name", PARTIAL)
 def test_absent_clients_have_no_influence_and_keep_their_state(name):
-    """A cohort with two absent slots equals the cohort without them, and what absent clients keep stays."""
+    """A cohort with two absent slots equals the cohort without them.
+
+    What absent clients keep stays as it was.
+    """
     federation = small_federation()
     some = two_rounds(name, cohort_of(federation, jnp.array([0, 2, 3, 5], jnp.int32)))
     present = jnp.array([True, False, True, True, False, True])
@@ -132,10 +142,10 @@ def test_those_that_need_everybody_say_so(name):
 
 
 def test_absent_clients_are_not_split_away():
-    """A cluster is split only by updates of all its members; absent clients follow their cluster's model."""
+    """A cluster is split only by updates of all its members, and absent clients follow it."""
     present = jnp.array([True, False, True, True, False, True])
     state, _ = two_rounds("clustered", cohort_of(small_federation(), present=present))
-    assert int(state.num_clusters) == 1
+    assert int(state.server[0].num_clusters) == 1
     for leaf in jax.tree.leaves(state.params):
         np.testing.assert_allclose(
             leaf, jnp.broadcast_to(leaf[:1], leaf.shape), rtol=1e-5, atol=1e-6
@@ -149,10 +159,6 @@ def test_an_algorithm_for_other_clients_is_refused():
 
 
 def test_judging_other_clients_is_refused():
-    from helpers import TASK
-
-    from fedjax_mtl import evaluate_clients
-
     state = ALGORITHMS["local"].init(KEY)
     judge = evaluate_clients(ALGORITHMS["local"], TASK, make_execution("vmap"))
     with pytest.raises(
@@ -161,16 +167,56 @@ def test_judging_other_clients_is_refused():
         judge(state, small_federation().take(jnp.array([0, 1])))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "decentralized_fedem"])
-def test_a_round_that_nobody_attends_changes_no_model(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_round_that_nobody_attends_changes_nothing(name):
+    """Neither the models nor the server's state change, momentum included.
+
+    The reported means are NaN, because they are means over nobody.
+    """
     federation = small_federation()
-    nobody = cohort_of(federation, present=jnp.zeros(NUM_CLIENTS, bool))
     init, one_round = compiled(name)
-    state = init(KEY)
+    state, _ = one_round(init(KEY), cohort_of(federation), KEY)
+    nobody = cohort_of(federation, present=jnp.zeros(NUM_CLIENTS, bool))
     new, metrics = one_round(state, nobody, KEY)
-    assert_trees_close(new.params, state.params)
-    assert_trees_close(new.clients, state.clients)
-    assert all(np.isfinite(m) for m in metrics.values())
+    assert_trees_close(new._replace(round=state.round), state)
+    assert new.round == state.round + 1
+    assert np.isnan(metrics["loss"]) and metrics["participants"] == metrics["diverged"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_diverged_client_counts_as_absent(name):
+    federation = small_federation()
+    others = cohort_of(federation, present=jnp.arange(NUM_CLIENTS) != 2)
+    ours, metrics = two_rounds(name, cohort_of(poisoned(federation, 2)))
+    theirs, reference = two_rounds(name, others)
+    assert metrics["diverged"] == 1 and metrics["participants"] == NUM_CLIENTS - 1
+    np.testing.assert_allclose(metrics["loss"], reference["loss"], rtol=1e-4)
+    assert_trees_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# q-FFL's clients report the loss of the received model, whether they train or not.
+TRAINING_LOSS = [name for name in NAMES if name != "q_ffl"]
+
+
+@pytest.mark.parametrize("name", TRAINING_LOSS)
+def test_a_client_that_makes_no_step_enters_no_mean(name):
+    federation = small_federation()
+    idle = jnp.array([False, True, False, False, True, False])
+    cohort = cohort_of(federation)
+    init, one_round = compiled(name)
+    start, key = init(KEY), jax.random.fold_in(KEY, 1)
+    for short in (
+        cohort._replace(work=jnp.where(idle, 0.0, 1.0)),
+        cohort._replace(budgets=jnp.where(idle, 0, cohort.budgets)),
+    ):
+        state, metrics = one_round(start, short, key)
+        _, others = one_round(start, cohort_of(federation, present=~idle), key)
+        assert metrics["participants"] == NUM_CLIENTS and metrics["diverged"] == 0
+        np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    state, metrics = one_round(start, cohort._replace(work=jnp.zeros(NUM_CLIENTS)), key)
+    assert np.isnan(metrics["loss"]) and metrics["num_steps"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,18 +264,12 @@ def test_seeds_in_one_program_equal_seeds_apart():
 
 
 def test_hyperparameters_are_mapped():
-    import optax
-    from helpers import MODEL, PLAN, TASK, VMAP
-
-    from fedjax_mtl import algorithms
-
     def make(learning_rate):
         return algorithms.fedavg(
             MODEL,
             TASK,
             num_clients=NUM_CLIENTS,
-            plan=PLAN,
-            optimizer=optax.sgd(learning_rate),
+            solver=Solver(optax.sgd(learning_rate), PLAN),
             execution=VMAP,
         )
 
@@ -246,31 +286,29 @@ def test_hyperparameters_are_mapped():
 
 
 def mapped_factories():
-    """Factories of one hyper-parameter, among them those whose checks cannot see the value of a mapped one."""
-    import optax
-    from helpers import MODEL, PLAN, TASK, VMAP
+    """Factories of one hyper-parameter.
 
-    from fedjax_mtl import algorithms
-    from fedjax_mtl.relations import gossip, graphs
-
+    Among them are those whose checks cannot see a mapped value.
+    """
     around = {"model": MODEL, "task": TASK, "num_clients": NUM_CLIENTS, "execution": VMAP}
-    training = {**around, "plan": PLAN, "optimizer": optax.sgd(0.1)}
-    peers = {k: v for k, v in training.items() if k not in ("num_clients", "optimizer")}
+    training = {**around, "solver": SOLVER}
     ring = jnp.asarray(gossip.metropolis_weights(gossip.ring(NUM_CLIENTS)))
     mixture = np.full(NUM_CLIENTS, 1 / NUM_CLIENTS)
+    complete = graphs.fixed(graphs.complete_weights(NUM_CLIENTS))
     return {
         "apfl": lambda x: algorithms.apfl(**training, alpha=x),
         "l2sgd": lambda x: algorithms.l2sgd(
             **around, learning_rate=0.1, penalty=0.1, probability=x
         ),
-        "fedu": lambda x: algorithms.fedu(
-            **training, graph=graphs.fixed(graphs.complete(NUM_CLIENTS)), strength=x / NUM_CLIENTS
-        ),
+        "fedu": lambda x: algorithms.fedu(**training, graph=complete, strength=x / NUM_CLIENTS),
         "agnostic": lambda x: algorithms.agnostic(
             **around, mixture=mixture, optimizer=optax.sgd(x)
         ),
         "decentralized_fedem": lambda x: algorithms.decentralized_fedem(
-            **peers, optimizer=optax.sgd(x), mixing_matrix=ring, num_components=2
+            **around,
+            solver=Solver(optax.sgd(x), PLAN),
+            mixing_matrix=ring,
+            num_components=2,
         ),
     }
 
@@ -308,8 +346,24 @@ def test_stragglers_make_fewer_steps():
     )
     cohort = half(KEY, jnp.int32(0), federation)
     np.testing.assert_array_equal(cohort.budgets, [1, 1, 1, 100, 100, 100])
-    _, metrics = ALGORITHMS["fedavg"].round(ALGORITHMS["fedavg"].init(KEY), cohort, KEY)
+    init, one_round = compiled("fedavg")
+    _, metrics = one_round(init(KEY), cohort, KEY)
     steps = np.minimum(2 * np.ceil(np.array(SIZES) / 4), cohort.budgets)
+    np.testing.assert_allclose(
+        metrics["num_steps"], np.sum(steps * SIZES) / np.sum(SIZES), rtol=1e-6
+    )
+
+
+def test_stragglers_do_a_share_of_their_own_work():
+    """Budgets are shares of the planned steps, whatever the batch size is."""
+    federation = small_federation()
+    cohort = sampling.partial_work(sampling.full_participation(), 0.3, 0.8)(
+        KEY, jnp.int32(0), federation
+    )
+    assert ((cohort.work >= 0.3) & (cohort.work <= 0.8)).all() and np.ptp(cohort.work) > 0.1
+    init, one_round = compiled("fedavg")
+    _, metrics = one_round(init(KEY), cohort, KEY)
+    steps = np.floor(np.array(cohort.work) * 2 * np.ceil(np.array(SIZES) / 4))
     np.testing.assert_allclose(
         metrics["num_steps"], np.sum(steps * SIZES) / np.sum(SIZES), rtol=1e-6
     )

@@ -1,4 +1,4 @@
-"""FedBone: golden step, message passing against end-to-end gradients, schedules, synchronisation, limits."""
+"""FedBone: golden step, messages against end-to-end gradients, schedules, synchronisation."""
 
 import functools
 import json
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_trees_close
+from helpers import assert_trees_close, poisoned
 
-from fedjax_mtl import algorithms, costs, make_federation, models, server, simulate, tasks
+from fedjax_mtl import Solver, algorithms, costs, make_federation, models, server, simulate, tasks
 from fedjax_mtl.clients import split
-from fedjax_mtl.core import sampling
+from fedjax_mtl.core import batching, sampling
 from fedjax_mtl.core.batching import Batch
+from fedjax_mtl.models import cut
 from fedjax_mtl.models.split_parts import deformable_convolution
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedbone.json").read_text())
@@ -36,15 +37,35 @@ def readout(width=2):
     return split.Part(init, lambda p, f: jnp.mean(f @ p["U"], axis=1) @ p["w"])
 
 
-def make(num_clients=3, groups=None, **changes):
-    settings = {
-        "num_steps": 1,
-        "batch_size": 2,
-        "client_optimizer": optax.sgd(0.1),
-        "server": optax.chain(server.gp_aggregation(), optax.sgd(0.5)),
-    }
-    groups = groups or {"a": algorithms.SplitGroup(readout(), SQUARED, num_clients)}
-    return algorithms.fedbone(LINEAR, TANH, groups, jnp.zeros((1, 2, 3)), **{**settings, **changes})
+def cut_model(uppers, lower=LINEAR):
+    """A model without its whole form, which nothing here needs."""
+    return cut.CutModel(lower, TANH, uppers, jax.ShapeDtypeStruct((1, 2, 3), jnp.float32), {})
+
+
+def make(
+    counts=3,
+    widths=None,
+    *,
+    num_steps=1,
+    optimizer=None,
+    chain=None,
+    lower=LINEAR,
+    **changes,
+):
+    """FedBone for groups by name, each with a readout of its own width.
+
+    A bare count is the one group ``a``.
+    """
+    counts = {"a": counts} if isinstance(counts, int) else counts
+    uppers = {name: readout((widths or {}).get(name, 2)) for name in counts}
+    return algorithms.fedbone(
+        cut_model(uppers, lower),
+        SQUARED,
+        num_clients=counts,
+        solver=Solver(optimizer or optax.sgd(0.1), batching.steps(num_steps, 2)),
+        server=chain or optax.chain(server.gp_aggregation(), optax.sgd(0.5)),
+        **changes,
+    )
 
 
 def random_population(counts, seed=0, size=4):
@@ -79,8 +100,8 @@ def test_golden_step():
         counts = np.array(given["num_samples"], float)
         cohorts["a"] = cohorts["a"]._replace(shares=jnp.asarray(counts / counts.sum()))
         algorithm = make(
-            client_optimizer=optax.sgd(given["eta_client"]),
-            server=optax.chain(server.gp_aggregation(), optax.sgd(given["eta_server"])),
+            optimizer=optax.sgd(given["eta_client"]),
+            chain=optax.chain(server.gp_aggregation(), optax.sgd(given["eta_server"])),
         )
         state = algorithm.init(KEY)
         trunk = {
@@ -145,11 +166,15 @@ def test_golden_step():
 
 
 def test_messages_equal_end_to_end_gradients():
-    """For a real model: patch embedding, hierarchical trunk, adaptation with deformable convolution and attention."""
+    """Messages equal the gradients of the whole model.
+
+    The model is a real one, with patches, a hierarchical trunk, deformable convolution and
+    attention.
+    """
     lower, trunk = models.patch_embedding(4, 8), models.conv_trunk((8, 16))
     upper = models.task_adaptation(8, 1, (16, 16), heads=2, head_width=8)
     images = jax.random.normal(KEY, (2, 16, 16, 3))
-    params = split.init_parts(lower, trunk, upper, images, tuple(jax.random.split(KEY, 3)))
+    params = cut.init_parts(lower, trunk, upper, images, tuple(jax.random.split(KEY, 3)))
     # Off zero, so that the sampling places move.
     params["upper"] = jax.tree.map(
         lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), params["upper"]
@@ -160,7 +185,7 @@ def test_messages_equal_end_to_end_gradients():
         jnp.ones(2),
     )
     task = tasks.dense.depth()
-    whole = split.composed(lower, trunk, upper)
+    whole = cut.composed(lower, trunk, upper)
 
     def loss(p):
         return task.loss(whole(p, images), batch.examples["labels"])[0]
@@ -187,7 +212,7 @@ def test_one_client_is_centralised_training():
     state = algorithm.init(KEY)
     own = jax.tree.map(lambda x: x[0], state.clients["a"])
     params = {"lower": own.lower, "trunk": state.params, "upper": own.upper}
-    whole = split.composed(LINEAR, TANH, readout())
+    whole = cut.composed(LINEAR, TANH, readout())
     data = population["a"].examples
     gradient = jax.grad(lambda p: jnp.mean(jnp.square(whole(p, data["inputs"]) - data["labels"])))
     for _ in range(3):
@@ -202,20 +227,17 @@ def test_one_client_is_centralised_training():
 
 
 def test_without_projection_and_attention_it_is_data_parallel():
-    """The plain mean of GPAggregation's parts, and of groups one after the other."""
+    """GPAggregation without its parts is the plain mean over the clients of all groups."""
     counts = {"a": 2, "b": 1}
     population = random_population(counts, size=2)
-    groups = {name: algorithms.SplitGroup(readout(), SQUARED, n) for name, n in counts.items()}
-    plain = make(
-        groups=groups,
-        server=optax.chain(server.gp_aggregation(attention="none", project=False), optax.sgd(0.5)),
-    )
-    mean = make(groups=groups, server=server.step_from(optax.sgd(0.5)))
+    plain_aggregation = server.gp_aggregation(attention="none", project=False)
+    plain = make(counts, chain=optax.chain(plain_aggregation, optax.sgd(0.5)))
+    mean = make(counts, chain=server.step_from(optax.sgd(0.5)))
     state, other = plain.init(KEY), mean.init(KEY)
     new, metrics = plain.round(state, cohorts_of(population), KEY)
     same, _ = mean.round(other, cohorts_of(population), KEY)
     assert_trees_close(new.params, same.params)
-    total = optax.tree.zeros_like(state.params)
+    total, losses = optax.tree.zeros_like(state.params), {name: [] for name in counts}
     for name in counts:
         own = state.clients[name]
         for client in range(counts[name]):
@@ -230,7 +252,11 @@ def test_without_projection_and_attention_it_is_data_parallel():
                 LINEAR, TANH, readout(), SQUARED, at.lower, state.params, at.upper, batch
             )
             total = optax.tree.add(total, optax.tree.scale(1 / 3, one.trunk))
+            losses[name].append(float(one.loss))
     assert_trees_close(new.params, optax.tree.sub(state.params, optax.tree.scale(0.5, total)))
+    np.testing.assert_allclose(metrics["loss/a"], np.mean(losses["a"]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/b"], np.mean(losses["b"]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses["a"] + losses["b"]), rtol=1e-5)
     assert metrics["norm_ratio"] == pytest.approx(1, rel=1e-4)
 
 
@@ -240,7 +266,7 @@ def test_schedules_agree_for_one_step_and_differ_for_more(schedule):
     results = {}
     for steps in (1, 3):
         for name in ("step", schedule):
-            algorithm = make(num_steps=steps, schedule=name, trunk_learning_rate=0.1)
+            algorithm = make(num_steps=steps, schedule=name, drift_learning_rate=0.1)
             results[steps, name] = algorithm.round(
                 algorithm.init(KEY), cohorts_of(population), KEY
             )[0]
@@ -255,8 +281,11 @@ def test_schedules_agree_for_one_step_and_differ_for_more(schedule):
 
 
 def trunk_by_hand(schedule, state, examples, num_steps, own_rate, trunk_rate):
-    """The trunk gradients that the server gets, leaves ``[clients, ...]``: each client alone, by autodiff of the uncut model."""
-    model = split.composed(LINEAR, TANH, readout())
+    """The trunk gradients that the server gets, leaves ``[clients, ...]``.
+
+    They come from autodiff of the uncut model, client by client.
+    """
+    model = cut.composed(LINEAR, TANH, readout())
     seen = []
     for i in range(examples["labels"].shape[0]):
         inputs, labels = examples["inputs"][i], examples["labels"][i]
@@ -283,14 +312,18 @@ def trunk_by_hand(schedule, state, examples, num_steps, own_rate, trunk_rate):
 
 @pytest.mark.parametrize("schedule", ["round", "drift"])
 def test_schedules_of_several_steps_by_hand(schedule):
-    """Full batches; the mean of gradients at a standing trunk, and at one that moves: (start - end) / (rate * steps) is their mean too."""
+    """The server gets the mean of a client's gradients over several steps of full batches.
+
+    Under one schedule the trunk stands still, and under the other it moves with the client. In the
+    second case the mean equals (start - end) / (rate * steps).
+    """
     population = random_population({"a": 3}, size=2)
     algorithm = make(
         num_steps=3,
         schedule=schedule,
-        trunk_learning_rate=0.2,
+        drift_learning_rate=0.2,
         embedding_sync="local",
-        server=optax.chain(server.average_clients(), optax.sgd(0.5)),
+        chain=optax.chain(server.average_clients(), optax.sgd(0.5)),
     )
     state = algorithm.init(KEY)
     rows = population["a"].indices
@@ -306,7 +339,7 @@ def test_schedules_of_several_steps_by_hand(schedule):
 def test_a_frozen_embedding_does_not_decay():
     algorithm = make(
         embedding_sync="frozen",
-        client_optimizer=optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
+        optimizer=optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
     )
     state = algorithm.init(KEY)
     new = algorithm.round(state, cohorts_of(random_population({"a": 3})), KEY)[0]
@@ -363,6 +396,67 @@ def test_a_synchronised_embedding_reaches_absent_clients():
     assert_trees_close(kept.params, state.params)
 
 
+@pytest.mark.parametrize("schedule", ["step", "round", "drift"])
+def test_a_round_that_nobody_attends_leaves_the_server_as_it_was(schedule):
+    """Neither the trunk nor the server's state change, momentum included.
+
+    The reported means are NaN, because they are means over nobody.
+    """
+    population = random_population({"a": 3}, size=2)
+    algorithm = make(schedule=schedule, num_steps=2, chain=server.step_from(optax.adam(0.1)))
+    one_round = jax.jit(algorithm.round)
+    state, info = one_round(algorithm.init(KEY), cohorts_of(population), KEY)
+    assert info["participants"] == 3 and np.isfinite(info["loss"])
+    nobody = {"a": sampling.make_cohort(population["a"], jnp.arange(3), jnp.zeros(3, bool))}
+    new, info = one_round(state, nobody, KEY)
+    assert_trees_close(new._replace(round=state.round), state, rtol=0, atol=0)
+    assert np.isnan(info["loss"]) and np.isnan(info["loss/a"])
+    assert info["participants"] == info["diverged"] == 0
+
+
+def test_a_diverged_client_counts_as_absent_for_everybody():
+    """A diverged client enters neither the trunk nor the mean embedding that all are sent."""
+    population = random_population({"a": 2, "b": 1}, size=2)
+    algorithm = make({"a": 2, "b": 1})
+    state = algorithm.init(KEY)
+    # Embeddings that differ, so that who counts in their mean can be seen.
+    apart = jax.random.normal(KEY, (2, 3, 2))
+    own = state.clients["a"]._replace(lower={"P": apart})
+    state = state._replace(clients=state.clients | {"a": own})
+    broken = {**population, "a": poisoned(population["a"], 1)}
+    there = jnp.array([True, False])
+    cohorts = cohorts_of(population)
+    shares = jnp.where(there, cohorts["a"].shares, 0)
+    absent = cohorts | {"a": cohorts["a"]._replace(present=there, shares=shares)}
+    one_round = jax.jit(algorithm.round)
+    ours, info = one_round(state, cohorts_of(broken), KEY)
+    theirs, _ = one_round(state, absent, KEY)
+    assert info["diverged"] == 1 and info["participants"] == 2
+    assert_trees_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_clients_that_do_not_come_in_groups():
+    """Clients without groups give the same numbers as one group with any name."""
+    population = random_population({"a": 3}, size=2)
+    named = make(num_steps=2)
+    alone = algorithms.fedbone(
+        cut_model({"": readout()}),
+        SQUARED,
+        num_clients=3,
+        solver=Solver(optax.sgd(0.1), batching.steps(2, 2)),
+        server=optax.chain(server.gp_aggregation(), optax.sgd(0.5)),
+    )
+    cohorts = cohorts_of(population)
+    theirs, expected = jax.jit(named.round)(named.init(KEY), cohorts, KEY)
+    ours, info = jax.jit(alone.round)(alone.init(KEY), cohorts["a"], KEY)
+    assert_trees_close(ours.clients, theirs.clients["a"])
+    assert "loss/" not in info and info["loss"] == expected["loss/a"]
+    inputs = jnp.ones((3, 5, 2, 3))
+    outputs = named.predict(theirs, {"a": jnp.arange(3)}, {"a": inputs})["a"]
+    np.testing.assert_allclose(alone.predict(ours, jnp.arange(3), inputs), outputs, rtol=1e-6)
+    assert alone.traffic(ours) == named.traffic(theirs)
+
+
 def test_a_clients_own_parts_that_diverge_stay_with_it():
     """The embedding's gradient is NaN where the trunk's is not."""
     lower = split.Part(
@@ -374,17 +468,7 @@ def test_a_clients_own_parts_that_diverge_stay_with_it():
     population["a"] = population["a"]._replace(
         examples={**population["a"].examples, "inputs": zero}
     )
-    groups = {"a": algorithms.SplitGroup(readout(), SQUARED, 3)}
-    algorithm = algorithms.fedbone(
-        lower,
-        TANH,
-        groups,
-        jnp.zeros((1, 2, 3)),
-        num_steps=1,
-        batch_size=2,
-        client_optimizer=optax.sgd(0.1),
-        server=optax.chain(server.gp_aggregation(), optax.sgd(0.5)),
-    )
+    algorithm = make(lower=lower)
     new, metrics = algorithm.round(algorithm.init(KEY), cohorts_of(population), KEY)
     assert metrics["diverged"] == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
@@ -392,12 +476,8 @@ def test_a_clients_own_parts_that_diverge_stay_with_it():
 
 def test_simulated_predicted_adapted():
     counts = {"a": 2, "b": 1}
-    groups = {
-        "a": algorithms.SplitGroup(readout(), SQUARED, 2),
-        "b": algorithms.SplitGroup(readout(4), SQUARED, 1),
-    }
     population = random_population(counts)
-    algorithm = make(groups=groups, num_steps=4)
+    algorithm = make(counts, {"b": 4}, num_steps=4)
     run = simulate(algorithm, population, num_rounds=8, seeds=(0, 1))
     assert run.metrics["loss"].shape == (2, 8)
     assert (run.metrics["loss"][:, -1] < run.metrics["loss"][:, 0]).all()
@@ -457,8 +537,8 @@ def test_trunks_and_heads():
     images = jax.random.normal(KEY, (2, 16, 16, 3))
     lower, trunk = models.patch_embedding(4, 8), models.vit_trunk(2, 2)
     head = models.task_adaptation(8, 5, (16, 16), heads=2, classify=True)
-    params = split.init_parts(lower, trunk, head, images, tuple(jax.random.split(KEY, 3)))
-    assert split.composed(lower, trunk, head)(params, images).shape == (2, 5)
+    params = cut.init_parts(lower, trunk, head, images, tuple(jax.random.split(KEY, 3)))
+    assert cut.composed(lower, trunk, head)(params, images).shape == (2, 5)
 
 
 def test_sparse_upload():
@@ -476,15 +556,26 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="unknown embedding_sync 'mean'"):
         make(embedding_sync="mean")
     with pytest.raises(ValueError, match="groups is empty"):
-        algorithms.fedbone(
-            LINEAR, TANH, {}, None, num_steps=1, batch_size=1, client_optimizer=None, server=None
-        )
+        make({})
     with pytest.raises(ValueError, match="group 'a' has 0 clients"):
         make(0)
-    with pytest.raises(ValueError, match="num_steps is 0"):
+    with pytest.raises(ValueError, match="the plan has num_steps 0"):
         make(num_steps=0)
+    solver = Solver(optax.sgd(0.1), batching.steps(1, 2))
+    for changes in ({"schedule": lambda r: 1.0}, {"keep_optimizer": False}):
+        with pytest.raises(ValueError, match="at a constant learning rate and keep their optim"):
+            algorithms.fedbone(
+                cut_model({"a": readout()}),
+                SQUARED,
+                num_clients={"a": 1},
+                solver=solver._replace(**changes),
+            )
+    with pytest.raises(ValueError, match="group 'b' has no part of the model"):
+        algorithms.fedbone(
+            cut_model({"a": readout()}), SQUARED, num_clients={"b": 1}, solver=solver
+        )
     with pytest.raises(ValueError, match=r"put average_clients\(\)"):
-        algorithm = make(server=optax.sgd(0.1))
+        algorithm = make(chain=optax.sgd(0.1))
         algorithm.round(algorithm.init(KEY), cohorts_of(random_population({"a": 3})), KEY)
     with pytest.raises(
         ValueError, match=r"cohorts are of groups \['b'\], the algorithm is for \['a'\]"

@@ -1,4 +1,7 @@
-"""FedEM against golden values: float64, computed by an independent program and checked against the official classes."""
+"""FedEM against golden values in float64.
+
+They were computed by an independent program and checked against the official classes.
+"""
 
 import json
 import pathlib
@@ -11,12 +14,12 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from fedjax_mtl import algorithms, tasks
-from fedjax_mtl.algorithms._clustered import bipartition, cosine_distances, split_norms
+from fedjax_mtl import Solver, algorithms, tasks
 from fedjax_mtl.algorithms._fedem import responsibilities, update_mixture
 from fedjax_mtl.clients import training
 from fedjax_mtl.core import batching, federation, sampling
 from fedjax_mtl.models import Model
+from fedjax_mtl.server.clusters import bipartition, cosine_distances, split_norms
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedem.json").read_text())
 CASES = [case["name"] for case in GOLDEN["cases"]]
@@ -68,8 +71,7 @@ class Problem:
             self.task,
             num_clients=self.train.num_clients,
             num_components=self.components,
-            plan=batching.epochs(1, None),
-            optimizer=optimizer,
+            solver=Solver(optimizer, batching.epochs(1, None)),
             **settings,
         )
 
@@ -142,7 +144,7 @@ def test_one_round_and_the_mixture_predictor(name):
     np.testing.assert_allclose(probabilities, test["mixture_prob"], **TOLERANCE)
     nll = jnp.mean(problem.task.loss(outputs, labels), axis=1)
     np.testing.assert_allclose(nll, test["nll"], **TOLERANCE)
-    accuracy = jnp.mean(problem.task.metrics["accuracy"](outputs, labels), axis=1)
+    accuracy = jnp.mean(problem.task.metrics["accuracy"].measure(outputs, labels), axis=1)
     np.testing.assert_allclose(accuracy, test["acc"], **TOLERANCE)
 
 
@@ -176,7 +178,10 @@ def test_an_unseen_client_learns_its_mixture(name):
 
 
 def unseen_of(case, problem):
-    """The golden file lets the first client's data play the newcomer, with the golden initial parameters."""
+    """The golden file lets the first client's data play the newcomer.
+
+    Its parameters are the golden initial ones.
+    """
     return problem.train.take(jnp.array([0]))
 
 
@@ -187,10 +192,10 @@ def test_gossip(name):
     algorithm = algorithms.decentralized_fedem(
         problem.model,
         problem.task,
+        num_clients=problem.train.num_clients,
         mixing_matrix=jnp.array(expected["mixing_matrix"]),
         num_components=problem.components,
-        plan=batching.epochs(1, None),
-        optimizer=optax.sgd(problem.lr),
+        solver=Solver(optax.sgd(problem.lr), batching.epochs(1, None)),
     )
     state, _ = jax.jit(algorithm.round)(
         problem.state(algorithm), problem.cohort(), jax.random.key(1)

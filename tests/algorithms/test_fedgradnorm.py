@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import GROUP_COUNTS, GROUP_MODELS, GROUP_TASKS, VMAP, small_population
 
-from fedjax_mtl import algorithms, make_execution, make_federation, models, tasks
-from fedjax_mtl.algorithms._fedgradnorm import loss_weights
+from fedjax_mtl import Solver, algorithms, make_execution, make_federation, models, tasks
 from fedjax_mtl.core import batching, sampling, trees
+from fedjax_mtl.server.reports import reported
 from fedjax_mtl.server.wireless import over_the_air_sum
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedgradnorm.json").read_text())
@@ -52,7 +53,7 @@ def golden_federation():
     )
 
 
-def golden_algorithm(server_optimizer=None, execution="vmap", **changes):
+def golden_algorithm(server_optimizer=None, execution="vmap", task=None, **changes):
     settings = {
         "num_clients": 3,
         "head": HEAD,
@@ -67,7 +68,7 @@ def golden_algorithm(server_optimizer=None, execution="vmap", **changes):
         "minimum": SETTINGS["p_min"],
         "execution": make_execution(execution),
     }
-    return algorithms.fedgradnorm(golden_model(), squared(), **{**settings, **changes})
+    return algorithms.fedgradnorm(golden_model(), task or squared(), **{**settings, **changes})
 
 
 def start(algorithm):
@@ -77,6 +78,11 @@ def start(algorithm):
     inner = inner._replace(personal=inner.personal | {"v": heads})
     clients = state.clients._replace(own=inner) if hasattr(state.clients, "own") else inner
     return state._replace(clients=clients)
+
+
+def loss_weights(state):
+    """The loss weights of all clients, ``[population]``."""
+    return reported(state.server)["loss_weights"]
 
 
 def everybody(federation):
@@ -94,7 +100,7 @@ def test_golden_rounds(execution):
             np.testing.assert_allclose(
                 state.clients.personal["v"], [c["v_out"] for c in expected["clients"]], rtol=1e-6
             )
-            np.testing.assert_allclose(loss_weights(state), expected["p_out"], rtol=1e-6)
+            np.testing.assert_allclose(metrics["loss_weights"], expected["p_out"], rtol=1e-6)
             np.testing.assert_allclose(state.params["W1"], expected["W1_out"], rtol=1e-6)
             np.testing.assert_allclose(state.params["W2"], expected["W2_out"], rtol=1e-6)
             shares = np.array([5, 4, 6]) / 15
@@ -110,7 +116,10 @@ def test_golden_rounds(execution):
     ],
 )
 def test_norm_readings(reading, name):
-    """All readings of the first round: weights start at 1 and rates are 1."""
+    """Every reading of the norms gives the golden weights of the first round.
+
+    Weights start at 1 and rates are 1.
+    """
     expected = GOLDEN["rounds"][0]
     norms = np.array([c[name] for c in expected["clients"]])
     raw = 1 - SETTINGS["lr_p"] * np.sign(norms - norms.mean()) * norms
@@ -135,7 +144,10 @@ def test_loss_points(point):
 
 
 def test_static_weights_are_fedrep():
-    """Weights that do not move and a server step of learning rate times steps: the mean of the local models."""
+    """With weights that do not move FedGradNorm is FedRep.
+
+    A server step of rate times steps then gives the mean of the models.
+    """
     with jax.enable_x64(True):
         cohort = everybody(golden_federation())
         equal = golden_algorithm(
@@ -153,8 +165,7 @@ def test_static_weights_are_fedrep():
             num_clients=3,
             head=HEAD,
             head_plan=batching.steps(2, None),
-            plan=batching.steps(2, None),
-            optimizer=optax.sgd(0.05),
+            solver=Solver(optax.sgd(0.05), batching.steps(2, None)),
             weighting="uniform",
         )
         other, _ = rep.round(start(rep), cohort, jax.random.key(0))
@@ -180,7 +191,7 @@ def test_local_weighting_starts_alike_and_then_weighs_the_local_loss():
 
 
 def test_a_straggler_sends_the_mean_gradient_of_the_steps_it_made():
-    """One step of two: the first step's gradient, not half of it; and a client without a step is no divergence."""
+    """One step of two sends the first step's gradient, not half of it."""
     with jax.enable_x64(True):
         algorithm, cohort = golden_algorithm(norms="update"), everybody(golden_federation())
         slow = cohort._replace(budgets=jnp.array([1, 100, 100], jnp.int32))
@@ -200,9 +211,76 @@ def test_a_straggler_sends_the_mean_gradient_of_the_steps_it_made():
         whole = sampling.make_cohort(alone, jnp.arange(1))
         theirs, _ = once.round(once.init(jax.random.key(0)), whole, jax.random.key(0))
         np.testing.assert_allclose(ours.params["W1"], theirs.params["W1"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("local_weighting", [False, True])
+def test_a_client_that_makes_no_step_has_no_training_rate(local_weighting):
+    """A client that makes no step does not count as diverged.
+
+    Its weight stays, and the weights of the others are those of a round without it.
+    """
+    with jax.enable_x64(True):
+        algorithm, cohort = (
+            golden_algorithm(local_weighting=local_weighting),
+            everybody(golden_federation()),
+        )
+        state, _ = algorithm.round(start(algorithm), cohort, jax.random.key(0))
         idle = cohort._replace(budgets=jnp.array([0, 100, 100], jnp.int32))
-        _, metrics = algorithm.round(start(algorithm), idle, jax.random.key(0))
-        assert metrics["diverged"] == 0 and np.isfinite(metrics["loss"])
+        present = jnp.array([False, True, True])
+        absent = cohort._replace(present=present, shares=jnp.where(present, cohort.shares, 0))
+        _, metrics = algorithm.round(state, idle, jax.random.key(1))
+        _, others = algorithm.round(state, absent, jax.random.key(1))
+        assert metrics["diverged"] == 0 and metrics["participants"] == 3
+        np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss_weights"], others["loss_weights"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss_weights"][0], loss_weights(state)[0], rtol=1e-6)
+
+
+def test_negative_losses_have_training_rates():
+    """A loss that is lowered by a constant becomes negative, and weights still move.
+
+    The first losses are kept.
+    """
+    with jax.enable_x64(True):
+        cohort = everybody(golden_federation())
+        lowered = squared()._replace(loss=lambda o, y: jnp.square(o - y) - 100.0)
+        algorithm = golden_algorithm(task=lowered)
+        state, _ = algorithm.round(start(algorithm), cohort, jax.random.key(0))
+        first = state.server[1].initial_losses
+        assert (np.asarray(first) < 0).all()
+        state, metrics = algorithm.round(state, cohort, jax.random.key(1))
+        np.testing.assert_array_equal(state.server[1].initial_losses, first)
+        assert np.isfinite(metrics["loss_weights"]).all()
+
+
+@pytest.mark.parametrize("local_weighting", [False, True])
+def test_groups_with_heads_of_their_own(local_weighting):
+    """Each client of the whole population has one weight.
+
+    Its own loss is multiplied by it.
+    """
+    algorithm = algorithms.fedgradnorm(
+        GROUP_MODELS,
+        GROUP_TASKS,
+        num_clients=GROUP_COUNTS,
+        plan=batching.steps(2, None),
+        learning_rate=0.05,
+        local_weighting=local_weighting,
+        execution=VMAP,
+    )
+    cohorts = sampling.by_group(sampling.full_participation())(
+        jax.random.key(0), 0, small_population()
+    )
+    one_round = jax.jit(algorithm.round)
+    state, first = one_round(algorithm.init(jax.random.key(0)), cohorts, jax.random.key(0))
+    assert set(state.params) == {"encoder"} and first["loss_weights"].shape == (6,)
+    np.testing.assert_allclose(jnp.sum(first["loss_weights"]), 6, rtol=1e-5)
+    if local_weighting:
+        told = [state.clients[name].weight for name in ("first", "second")]
+        np.testing.assert_allclose(jnp.concatenate(told), first["loss_weights"])
+    for index in range(1, 12):
+        state, last = one_round(state, cohorts, jax.random.key(index))
+    assert last["loss"] < first["loss"]
 
 
 def test_one_client_keeps_weight_one():
@@ -283,6 +361,25 @@ def test_rayleigh_share_of_good_channels():
     np.testing.assert_allclose(good, np.exp(-0.032 / np.array([1.0, 0.15**2])), atol=0.01)
 
 
+@pytest.mark.parametrize("fading", [(1.0,), (1.0, 0.3, 1.0)])
+def test_clusters_over_the_air(fading):
+    with jax.enable_x64(True):
+        algorithm = algorithms.hota_fedgradnorm(
+            golden_model(),
+            squared(),
+            num_clients=3,
+            num_clusters=len(fading),
+            head=HEAD,
+            plan=batching.steps(2, None),
+            learning_rate=0.05,
+            fading=fading,
+        )
+        cohort = everybody(golden_federation())
+        state, info = algorithm.round(start(algorithm), cohort, jax.random.key(0))
+        assert info["loss_weights"].shape == (3,)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="unknown norms 'median'"):
         golden_algorithm(norms="median")
@@ -290,3 +387,10 @@ def test_bad_arguments():
         golden_algorithm(loss_point="end")
     with pytest.raises(ValueError, match="needs a plan of local steps"):
         golden_algorithm(plan=batching.epochs(1, None))
+    settings = {"num_clients": 3, "plan": batching.steps(1, None), "learning_rate": 0.1}
+    with pytest.raises(ValueError, match="2 clusters do not divide 3 clients"):
+        algorithms.hota_fedgradnorm(golden_model(), squared(), num_clusters=2, **settings)
+    with pytest.raises(ValueError, match=r"fading has shape \(2,\) for 3 clusters"):
+        algorithms.hota_fedgradnorm(
+            golden_model(), squared(), num_clusters=3, fading=(1.0, 2.0), **settings
+        )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from helpers import assert_trees_close, poisoned
 from hypothesis import given, settings
 from mocha_problems import every_fourth_is_test, federate, reference_data, related_tasks
 
@@ -120,7 +121,10 @@ def test_tiny_rounds(name):
 
 
 def measured_inexactness(loss, federation, before, after, case):
-    """Theta of every node, by solving its subproblem with thousands of passes; the bound must lie above it."""
+    """Theta of every node, by solving its subproblem with thousands of passes.
+
+    The bound must lie above it.
+    """
     for task in range(federation.num_clients):
         rows = federation.indices[task]
         curvature = before.sigma_prime * before.covariance[task, task] / 0.1
@@ -217,7 +221,11 @@ def test_learned_relation_changes_the_objective():
 
 
 def rotated(period):
-    """The golden runs' order in round r of an outer iteration: coordinate ``(s + 7 r) mod n`` at step s, counted from 1."""
+    """The golden runs' order of coordinates.
+
+    In round r of an outer iteration, step s takes coordinate ``(s + 7 r) mod n``. All of them count
+    from 1.
+    """
 
     def order(key, round_index, size, capacity):
         n = jnp.maximum(size, 1)
@@ -457,7 +465,10 @@ def test_gap_closes_at_a_generic_solvers_optimum(loss):
 
 
 def test_limits_of_mean_regularisation():
-    """No coupling: every task alone. Much coupling: the pooled problem in which every task counts alike."""
+    """Without coupling every task is solved alone.
+
+    Much coupling gives the pooled problem, in which every task counts alike.
+    """
     inputs, labels = related_tasks(seed=4, regression=True)
     federation = federate(inputs, labels)
 
@@ -488,7 +499,10 @@ def test_limits_of_mean_regularisation():
     bound=st.sampled_from(["row_sum", "eigenvalue"]),
 )
 def test_dual_never_decreases(seed, loss, aggregation, bound):
-    """Under random budgets and drops, with a safe sigma'; duals stay feasible, and absent nodes leave theirs alone."""
+    """The dual never decreases under random budgets and drops with a safe sigma'.
+
+    Dual variables stay feasible, and absent nodes leave theirs alone.
+    """
     federation, algorithm, one_round = _monotone(loss, aggregation, bound)
     rng = np.random.default_rng(seed)
     state, previous = algorithm.init(jax.random.key(0)), -np.inf
@@ -501,7 +515,8 @@ def test_dual_never_decreases(seed, loss, aggregation, bound):
         )
         assert metrics["dual"] >= previous - 1e-10
         assert metrics["gap"] >= -1e-10
-        assert 0 <= metrics["inexactness"] <= 1
+        # The mean over nobody is no number.
+        assert not present.any() or 0 <= metrics["inexactness"] <= 1
         np.testing.assert_array_equal(state.clients.alpha[~present], before.clients.alpha[~present])
         if loss != "squared":
             product = np.asarray(state.clients.alpha) * padded_labels(federation)
@@ -615,7 +630,10 @@ def related_method(name, federation):
 
 @pytest.mark.parametrize("name", sorted(set(RELATED) - {"cocoa_released"}))
 def test_cohorts_in_any_order_and_absence(name):
-    """The order of slots has no influence; an absent node is as if it had no budget, and its examples have none."""
+    """The order of slots has no influence.
+
+    An absent node acts like one without a budget, and its examples have no influence.
+    """
     inputs, labels = related_tasks(seed=6)
     federation = federate(inputs, labels)
     algorithm = related_method(name, federation)
@@ -641,6 +659,71 @@ def test_cohorts_in_any_order_and_absence(name):
         np.testing.assert_array_equal(state.clients.alpha[~present], 0)
 
 
+@pytest.mark.parametrize("name", sorted(set(RELATED) - {"global_model"}))
+def test_a_diverged_node_counts_as_absent(name):
+    """For the models of the others, for its own dual variables, and for what the round reports."""
+    federation = federate(*related_tasks(seed=6))
+    algorithm = related_method(name, federation)
+    one_round = jax.jit(algorithm.round)
+    start, _ = one_round(
+        algorithm.init(jax.random.key(0)), cohort_with(federation), jax.random.key(0)
+    )
+    present = jnp.arange(6) != 2
+    ours, info = one_round(start, cohort_with(poisoned(federation, 2)), jax.random.key(1))
+    absent = cohort_with(federation, present=present)
+    theirs, expected = one_round(start, absent, jax.random.key(1))
+    assert_trees_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert info["diverged"] == 1 and info["participants"] == 5
+    assert expected["diverged"] == 0 and expected["participants"] == 5
+    assert info["num_steps"] == expected["num_steps"] and np.isfinite(info["loss"])
+
+
+@pytest.mark.parametrize("name", sorted(set(RELATED) - {"global_model"}))
+def test_a_round_that_nobody_attends(name):
+    federation = federate(*related_tasks(seed=6))
+    algorithm = related_method(name, federation)
+    one_round = jax.jit(algorithm.round)
+    start, _ = one_round(
+        algorithm.init(jax.random.key(0)), cohort_with(federation), jax.random.key(0)
+    )
+    nobody = cohort_with(federation, present=jnp.zeros(6, bool))
+    after, info = one_round(start, nobody, jax.random.key(1))
+    assert info["participants"] == info["num_steps"] == info["slowest_steps"] == 0
+    if "sgd" not in name:  # whose decay needs no data
+        np.testing.assert_allclose(after.clients.weights, start.clients.weights, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mocha", "minibatch_sdca"])
+def test_a_share_of_the_work_is_a_share_of_the_planned_steps(name):
+    federation = federate(*related_tasks(seed=6))
+    algorithm = related_method(name, federation)
+    cohort = cohort_with(federation)._replace(work=jnp.full(6, 0.5, jnp.float32))
+    _, info = jax.jit(algorithm.round)(algorithm.init(jax.random.key(0)), cohort, jax.random.key(1))
+    assert info["num_steps"] == np.sum(np.floor(0.5 * np.asarray(federation.sizes)))
+
+
+def products(jaxpr):
+    """``(shape, shape, precision)`` of all matrix products, also of inner loops."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            shapes = [operand.aval.shape for operand in equation.invars]
+            yield *shapes, equation.params["precision"]
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("name", ["mocha", "cocoa", "minibatch_sdca"])
+def test_models_are_made_at_full_precision(name):
+    """Sigma B, whose factors some devices round unless told not to."""
+    federation = federate(*related_tasks(seed=6))
+    algorithm = related_method(name, federation)
+    state, cohort = algorithm.init(jax.random.key(0)), cohort_with(federation)
+    jaxpr = jax.make_jaxpr(algorithm.round)(state, cohort, jax.random.key(0)).jaxpr
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    mixing = [precision for a, b, precision in products(jaxpr) if {a, b} == {(6, 6), (6, 4)}]
+    assert mixing and all(precision == highest for precision in mixing)
+
+
 def test_few_steps_keep_minibatch_duals_in_their_domain():
     inputs, labels = related_tasks(seed=6)
     federation = federate(inputs, labels)
@@ -656,7 +739,7 @@ def test_few_steps_keep_minibatch_duals_in_their_domain():
 
 def test_clusters_of_nothing():
     for dtype in (jnp.float32, jnp.float64):
-        relation = covariance.clustered(2)
+        relation = covariance.clustered_tasks(2)
         sigma = relation.update(jnp.zeros((4, 3), dtype), relation.init(4, dtype))
         np.testing.assert_allclose(sigma, 0.5 * np.eye(4))
 
@@ -676,7 +759,10 @@ def test_penalties_are_mapped():
 
 
 def test_alternation_never_raises_the_joint_objective():
-    """Exact W steps and the Sigma step take turns; the joint objective is ``P`` with ``Sigma`` of trace one."""
+    """Exact W steps and the Sigma step take turns.
+
+    The joint objective is ``P`` with a ``Sigma`` of trace one.
+    """
     inputs, labels = related_tasks(seed=9, low=10, high=20)
     federation = federate(inputs, labels)
     algorithm = make(
@@ -688,9 +774,8 @@ def test_alternation_never_raises_the_joint_objective():
         sigma_prime="eigenvalue",
     )
     primal = np.asarray(simulate(algorithm, federation, num_rounds=360).metrics["primal"][0])
-    before_update = primal[
-        58::60
-    ]  # the last round of an outer iteration reports the new Sigma already
+    # The last round of an outer iteration already reports the new Sigma, so take the one before.
+    before_update = primal[58::60]
     assert (np.diff(before_update) <= 1e-6).all()
     assert before_update[-1] < before_update[0] - 1e-3
 
@@ -746,7 +831,7 @@ def test_a_coordinate_step_is_the_maximiser(loss):
     law = LOSSES[loss]
 
     def decrease(new):
-        """What the coordinate adds to G."""
+        """What a change of the coordinate adds to G."""
         change = new - alpha
         return (
             np.asarray(law.conjugate(jnp.asarray(new), jnp.asarray(y)))
@@ -808,6 +893,34 @@ def test_minibatch_methods_approach_the_optimum(factory):
     assert best - 1e-9 <= primal[-1] < best + 0.02 * (primal[0] - best)
 
 
+def test_released_minibatch_sgd_by_hand():
+    """Two rounds of the code's formula: a constant data step, a decay without penalty, a ball."""
+    inputs, labels = related_tasks(seed=12)
+    federation = federate(inputs, labels)
+    relation = covariance.mean_regularised(0.1, 0.2, 0.1)
+    scaling, penalty = 3.0, 0.1
+    algorithm = minibatch_sgd(
+        dual.hinge(),
+        relationship=relation,
+        scaling=scaling,
+        fidelity="released",
+        **baseline_settings(federation),
+    )
+    precision = np.linalg.inv(np.asarray(relation.init(6, jnp.float64)))
+    weights, total = np.zeros((6, 4)), sum(len(y) for y in labels)
+    state = algorithm.init(jax.random.key(0))
+    for index in range(2):
+        gradient = np.stack(
+            [-(y * (y * (x @ w) < 1)) @ x for x, y, w in zip(inputs, labels, weights, strict=True)]
+        )
+        decayed = scaling / (index + 1) * precision @ weights
+        weights = weights - decayed - scaling / total * gradient
+        norms = np.linalg.norm(weights, axis=1, keepdims=True)
+        weights = weights * np.minimum(1, 1 / (np.sqrt(penalty) * norms))
+        state, _ = algorithm.round(state, cohort_with(federation), jax.random.key(index))
+        np.testing.assert_allclose(state.clients.weights, weights, rtol=1e-9)
+
+
 def test_global_model_is_the_pooled_problem_and_local_models_are_alone():
     inputs, labels = related_tasks(seed=13, regression=True)
     federation = federate(inputs, labels, 14)
@@ -828,7 +941,10 @@ def test_global_model_is_the_pooled_problem_and_local_models_are_alone():
 
 
 def trained_as_released(inputs, labels, penalty):
-    """One SVM by the released code's rule, in numpy: cyclic passes until the primal changes by less than 1e-5, at most 500."""
+    """One SVM by the released code's rule, in numpy.
+
+    It makes at most 500 cyclic passes, until the primal changes by less than 1e-5.
+    """
     twin, before = Twin("hinge", [inputs], [labels], np.eye(1), penalty), np.inf
     for _ in range(500):
         twin.round([len(labels)])
@@ -878,7 +994,7 @@ def test_official_errors_of_local_and_global_models(row):
 
 
 def mean_error(weights, federation):
-    """Mean over tasks; a score of 0 is wrong."""
+    """Mean error over tasks; a score of 0 counts as wrong."""
     inputs, labels = (np.asarray(federation.examples[name]) for name in ("inputs", "labels"))
     errors = [
         np.mean(np.sign(inputs[rows[:size]] @ own) != labels[rows[:size]])
@@ -984,7 +1100,7 @@ def test_bad_relations(matrix, message):
         ({"aggregation": 2.0}, "aggregation is 2.0"),
         ({"sigma_prime": "tight"}, "unknown sigma_prime 'tight'"),
         ({"relationship_every": 5}, "this relationship is fixed"),
-        ({"relationship": covariance.clustered(9), "penalty": 1.0}, "9 clusters of 6 tasks"),
+        ({"relationship": covariance.clustered_tasks(9), "penalty": 1.0}, "9 clusters of 6 tasks"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -1004,7 +1120,7 @@ def test_double_precision_needs_x64():
 def test_bad_generators():
     for make_relation in (
         lambda: covariance.mean_regularised(1.0, 1.0, 0.0),
-        lambda: covariance.clustered(0),
+        lambda: covariance.clustered_tasks(0),
         lambda: covariance.sparse_precision(1.0, -1.0),
         lambda: dual.smoothed_hinge(0.0),
         lambda: sampling.dropping(sampling.full_participation(), 1.5),

@@ -1,4 +1,8 @@
-"""MOCHA's claims: one relation learned over tasks beats one model a task and one for all; failures and stragglers cost what they should."""
+"""MOCHA's claims.
+
+A relation that is learned over the tasks beats one model for each task and one model for all, and
+failures and stragglers cost what they should.
+"""
 
 import functools
 
@@ -34,7 +38,10 @@ def double_precision():
 
 
 def errors(weights, federation):
-    """Mean over tasks of the error of ``weights [penalties, tasks, features]``, ``[penalties]``; a score of 0 is wrong."""
+    """Mean over tasks of the error of ``weights [penalties, tasks, features]``, ``[penalties]``.
+
+    A score of 0 counts as wrong.
+    """
     inputs = federation.examples["inputs"][federation.indices]
     labels = federation.examples["labels"][federation.indices]
     real = jnp.arange(federation.capacity) < federation.sizes[:, None]
@@ -43,7 +50,10 @@ def errors(weights, federation):
 
 
 def runner(factory, rounds, loss=dual.hinge, penalties=PENALTIES):
-    """``(federation, key) -> weights [penalties, tasks, features]``, compiled once for all folds and shuffles."""
+    """A function ``(federation, key) -> weights [penalties, tasks, features]``.
+
+    It is compiled once for all folds and shuffles.
+    """
 
     @jax.jit
     def run(federation, key):
@@ -69,7 +79,11 @@ def runner(factory, rounds, loss=dual.hinge, penalties=PENALTIES):
 
 
 def folds(federation, num_folds=5):
-    """Cross-validation inside the training examples: every fifth of them is held out, from the first, the second, ... on."""
+    """Folds of a cross-validation inside the training examples.
+
+    Every fifth example is held out: in the first fold from the first example on, in the second fold
+    from the second, and so on.
+    """
     indices, sizes = np.asarray(federation.indices), np.asarray(federation.sizes)
     for fold in range(num_folds):
         parts = {"train": [], "held": []}
@@ -90,9 +104,11 @@ def _packed(federation, rows) -> Federation:
 
 
 def test_error_of(table: TaskTable, methods, shuffles, as_released=False):
-    """Test error of each method, ``[shuffles]``: 75 % to train on, the penalty by 5-fold cross-validation.
+    """Test error of each method, ``[shuffles]``.
 
-    ``as_released``: as MOCHA's released code, only the last fold counts, and examples stay in the table's order.
+    Methods train on 75 % of the data, with the penalty that 5-fold cross-validation chooses. With
+    ``as_released`` only the last fold counts, and examples stay in the table's order, as in MOCHA's
+    released code.
     """
     results = {name: [] for name in methods}
     sizes = [len(rows) for rows in table.rows]
@@ -133,7 +149,7 @@ def describe(results):
 
 
 def assert_clearly_below(lower, higher):
-    """In the mean over shuffles, by more than twice the standard error of the difference shuffle by shuffle."""
+    """The mean difference over shuffles is more than twice its standard error."""
     difference = higher - lower
     assert difference.mean() > 2 * difference.std(ddof=1) / len(difference) ** 0.5
 
@@ -170,9 +186,12 @@ def landmine(intercept):
 
 
 def test_landmine_as_released():
-    """The paper's table by the released code's protocol: SVMs without intercept, test error over ten shuffles; a relation learned every hundred rounds of half a pass.
+    """The paper's table by the released code's protocol.
 
-    Local and global models as the code trains them, in the table's order. Trained in random order for as long as MOCHA, local models are level with it.
+    Methods are SVMs without intercept, judged by the test error over ten shuffles. MOCHA learns its
+    relation once in a hundred rounds of half a pass. Local and global models are trained as the
+    code does it, in the table's order. Local models that are trained in random order for as long as
+    MOCHA are level with it.
     """
     penalties = [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 10.0]
 
@@ -207,10 +226,15 @@ def test_landmine_as_released():
 
 
 def test_landmine_with_few_examples():
-    """Ten shuffles, a quarter of the data to train on, logistic loss with an intercept: how often a mine ranks behind another object (1 - AUC, mean of the tasks).
+    """MOCHA ranks mines better than local and global models that train on a quarter of the data.
 
-    Ridge, and MOCHA's coupling to the mean, by the log loss in 5-fold cross-validation. Test error says little here: a constant errs 6 %. (With a tenth of the data MOCHA is
-    far ahead of one model a task, and ahead of one for all by less than two standard errors.)
+    There are ten shuffles, and the loss is logistic with an intercept. The score is how often a
+    mine ranks behind another object (1 - AUC, mean of the tasks), because test error says little
+    here: a constant errs on 6 %. The ridge, and MOCHA's coupling to the mean, are chosen by the log
+    loss in 5-fold cross-validation.
+
+    With a tenth of the data MOCHA is far ahead of one model for each task, and ahead of one model
+    for all by less than two standard errors.
     """
     ridges, couplings = (1e-3, 1e-2, 0.1), (0.03, 0.1, 0.3)
 
@@ -253,7 +277,10 @@ def test_landmine_with_few_examples():
 
 
 def log_losses(weights, federation):
-    """Mean over tasks of the logistic loss of ``weights [penalties, tasks, features]``, ``[penalties]``."""
+    """Mean over tasks of the logistic loss, ``[penalties]``.
+
+    ``weights`` is ``[penalties, tasks, features]``.
+    """
     inputs = federation.examples["inputs"][federation.indices]
     labels = federation.examples["labels"][federation.indices]
     real = jnp.arange(federation.capacity) < federation.sizes[:, None]
@@ -312,7 +339,7 @@ def settings_of(train, penalty):
 
 
 def test_drops_cost_rounds_in_proportion():
-    """About 1 / (1 - p) times the rounds, for every target, on synthetic tasks."""
+    """Drops with probability p take about 1 / (1 - p) times the rounds, for every target."""
     table = related_tasks(num_tasks=20, features=10, smallest=20, largest=60, seed=1)
     train = split_tasks(table).train
     relation = covariance.mean_regularised(1e-2, 0.02, 0.02)
@@ -327,7 +354,7 @@ def test_drops_cost_rounds_in_proportion():
 
 
 def test_drops_on_the_toy_data():
-    """The table of the reference: 44/129/330, 59/179/433, 90/265/669 and 175/519/1371 rounds to 0.1, 0.01 and 0.001."""
+    """The reference's table: one row for each drop probability, with the rounds to each target."""
     train, _ = every_fourth_is_test(reference_data("mocha_small"))
     relation = covariance.mean_regularised(1e-3, 0.01, 0.0045)
     rounds = rounds_under_drops(
@@ -339,7 +366,10 @@ def test_drops_on_the_toy_data():
 
 
 def test_ahead_in_time_under_stragglers():
-    """Time to a sub-optimality of 0.1, as estimated, over every network: MOCHA before CoCoA, CoCoA before the mini-batch methods' best; 10 draws of the data."""
+    """MOCHA is the first to reach a sub-optimality of 0.1, over every network and in all ten draws.
+
+    Times are those that the cost model estimates.
+    """
     times = {name: [] for name in ("mocha", "cocoa", "minibatch_sdca", "minibatch_sgd")}
     for seed in range(10):
         table = related_tasks(num_tasks=20, features=10, smallest=10, largest=300, seed=seed)
@@ -356,7 +386,8 @@ def test_ahead_in_time_under_stragglers():
             "minibatch_sdca": (minibatch_sdca, {"scaling": 100.0}, 1500),
             "minibatch_sgd": (minibatch_sgd, {"scaling": 1.0}, 1500),
         }
-        # Every node manages 10 to 100 % of a pass a round; CoCoA has to reach its theta all the same.
+        # Every node manages 10 to 100 % of a pass in each round, but CoCoA has to reach its theta
+        # all the same.
         slow = sampling.straggling(
             sampling.full_participation(), sampling.fraction_of_data(0.1, 1.0)
         )

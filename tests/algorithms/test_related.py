@@ -1,4 +1,4 @@
-"""Systems in which clients keep models of their own: golden one-step values, and exact identities between them."""
+"""Systems in which clients keep models of their own: golden one-step values, and identities."""
 
 import json
 import pathlib
@@ -8,9 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MODEL, NUM_CLIENTS, PLAN, TASK, VMAP, assert_trees_close, small_federation
+from helpers import (
+    MODEL,
+    NUM_CLIENTS,
+    PLAN,
+    SOLVER,
+    TASK,
+    VMAP,
+    assert_trees_close,
+    small_federation,
+)
 
 from fedjax_mtl import (
+    Group,
+    Solver,
     algorithms,
     decentralized,
     evaluate_clients,
@@ -18,6 +29,7 @@ from fedjax_mtl import (
     local_trainer,
     make_federation,
     models,
+    relational,
     server,
     simulate,
     tasks,
@@ -26,7 +38,6 @@ from fedjax_mtl.algorithms._anchored import fedmtl_exponent, fedmtl_pull
 from fedjax_mtl.clients.training import proximal, quadratic_pull
 from fedjax_mtl.core import batching, sampling, trees
 from fedjax_mtl.relations import gossip, graphs
-from fedjax_mtl.rounds import relational
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "aggregation.json").read_text())
 SETTINGS = {
@@ -34,8 +45,7 @@ SETTINGS = {
     "task": TASK,
     "num_clients": NUM_CLIENTS,
     "execution": VMAP,
-    "plan": PLAN,
-    "optimizer": optax.sgd(0.1, momentum=0.5),
+    "solver": SOLVER,
 }
 ENCODER = trees.under("encoder")
 
@@ -77,8 +87,7 @@ def test_ditto_takes_the_golden_steps():
         model,
         task,
         num_clients=1,
-        plan=batching.steps(1, None),
-        optimizer=optax.sgd(given["lr"]),
+        solver=Solver(optax.sgd(given["lr"]), batching.steps(1, None)),
         penalty=given["lam"],
     )
     state = algorithm.init(jax.random.key(0))
@@ -134,7 +143,7 @@ def alone():
 
 ALONE = {
     "fedu without strength": lambda: algorithms.fedu(
-        **SETTINGS, graph=graphs.fixed(graphs.complete(NUM_CLIENTS)), strength=0.0
+        **SETTINGS, graph=graphs.fixed(graphs.complete_weights(NUM_CLIENTS)), strength=0.0
     ),
     "fedu without edges": lambda: algorithms.fedu(
         **SETTINGS, graph=graphs.fixed(np.zeros((NUM_CLIENTS, NUM_CLIENTS))), strength=1.0
@@ -155,7 +164,7 @@ ALONE = {
         hyper=server.HyperOptimizer(initial=0.0, learning_rate=0.0),
     ),
     "sheaf without strength": lambda: algorithms.sheaf_fmtl(
-        **SETTINGS, adjacency=graphs.complete(NUM_CLIENTS), strength=0.0, map_step=0.1
+        **SETTINGS, adjacency=graphs.complete_weights(NUM_CLIENTS), strength=0.0, map_step=0.1
     ),
 }
 
@@ -174,34 +183,31 @@ def test_one_cluster_is_fedper():
 
 
 def test_complete_graph_at_one_over_clients_is_fedavg():
-    graph = graphs.fixed(graphs.complete(NUM_CLIENTS))
+    graph = graphs.fixed(graphs.complete_weights(NUM_CLIENTS))
     ours = personal_models(algorithms.fedu(**SETTINGS, graph=graph, strength=1 / NUM_CLIENTS))
     theirs = personal_models(algorithms.fedavg(**SETTINGS, weighting="uniform"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_decentralised_gossip_is_a_relational_server():
-    """Metropolis weights as mixing coefficients: the same numbers as the decentralised composition."""
+    """Metropolis weights as mixing coefficients give the decentralised composition."""
     matrix = jnp.asarray(gossip.metropolis_weights(gossip.ring(NUM_CLIENTS)), jnp.float32)
-    trainer = local_trainer(MODEL, TASK, SETTINGS["optimizer"], PLAN)
+    group = Group(MODEL.init, local_trainer(MODEL, TASK, SOLVER), NUM_CLIENTS)
     chain = optax.chain(server.mix_models(lambda _: matrix), optax.sgd(1.0))
-    ours = relational(MODEL.init, trainer, chain, num_clients=NUM_CLIENTS, execution=VMAP)
-    theirs = decentralized(MODEL.init, trainer, matrix, execution=VMAP)
+    ours = relational(group, chain, execution=VMAP)
+    theirs = decentralized(group, matrix, execution=VMAP)
     key, cohort = (
         jax.random.key(0),
         sampling.make_cohort(small_federation(), jnp.arange(NUM_CLIENTS)),
     )
-    train_key, _ = jax.random.split(key)
     a, _ = ours.round(ours.init(key), cohort, key)
-    b, _ = theirs.round(theirs.init(key), cohort, train_key)
+    b, _ = theirs.round(theirs.init(key), cohort, key)
     assert_trees_close(a.params, b.params)
 
 
 def test_averaging_in_a_relational_algorithm_is_refused():
-    trainer = local_trainer(MODEL, TASK, optax.sgd(0.1), PLAN)
-    wrong = relational(
-        MODEL.init, trainer, server.step_from(optax.sgd(1.0)), num_clients=NUM_CLIENTS
-    )
+    group = Group(MODEL.init, local_trainer(MODEL, TASK, SOLVER), NUM_CLIENTS)
+    wrong = relational(group, server.step_from(optax.sgd(1.0)))
     cohort = sampling.make_cohort(small_federation(), jnp.arange(NUM_CLIENTS))
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="keeps it"):
@@ -209,9 +215,8 @@ def test_averaging_in_a_relational_algorithm_is_refused():
 
 
 def test_mixing_in_a_federated_algorithm_is_refused():
-    trainer = local_trainer(MODEL, TASK, optax.sgd(0.1), PLAN)
-    chain = optax.chain(server.cluster_mixing(2), optax.sgd(1.0))
-    wrong = federated(MODEL.init, trainer, chain, num_clients=NUM_CLIENTS)
+    group = Group(MODEL.init, local_trainer(MODEL, TASK, SOLVER), NUM_CLIENTS)
+    wrong = federated(group, optax.chain(server.cluster_mixing(2), optax.sgd(1.0)))
     cohort = sampling.make_cohort(small_federation(), jnp.arange(NUM_CLIENTS))
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="relational"):
@@ -219,11 +224,14 @@ def test_mixing_in_a_federated_algorithm_is_refused():
 
 
 def test_frozen_leaves_are_held_once_and_never_move():
-    """The encoder frozen: it stays the initial one, has no client axis, no traffic, and no gradient."""
-    trainer = local_trainer(MODEL, TASK, optax.adam(0.05), PLAN, frozen=ENCODER)
-    graph = graphs.fixed(graphs.complete(NUM_CLIENTS))
+    """A frozen encoder stays the initial one.
+
+    It has no client axis, no traffic and no gradient.
+    """
+    trainer = local_trainer(MODEL, TASK, Solver(optax.adam(0.05), PLAN), frozen=ENCODER)
+    graph = graphs.fixed(graphs.complete_weights(NUM_CLIENTS))
     chain = optax.chain(server.laplacian_mixing(graph, 0.05), optax.sgd(1.0))
-    algorithm = relational(MODEL.init, trainer, chain, num_clients=NUM_CLIENTS, execution=VMAP)
+    algorithm = relational(Group(MODEL.init, trainer, NUM_CLIENTS), chain, execution=VMAP)
     start = algorithm.init(jax.random.fold_in(jax.random.key(3), 0))
     end = jax.tree.map(
         lambda x: x[0], simulate(algorithm, small_federation(), num_rounds=3, seeds=(3,)).state
@@ -253,13 +261,17 @@ def test_frozen_leaves_around_a_server():
 
 
 def test_fedamp_pulls_similar_clients_together():
-    """Two groups of clients with opposite labels: the attention finds the groups, and both clouds stay apart."""
+    """Clients have opposite labels, and the attention finds the two kinds.
+
+    The cloud models of one kind stay apart from those of the other.
+    """
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(6 * 12, 4)).astype(np.float32)
     flip = np.repeat(np.arange(6) % 2, 12)
     labels = ((inputs[:, 0] > 0) ^ (flip == 1)).astype(np.int32)
     federation = make_federation({"inputs": inputs, "labels": labels}, np.split(np.arange(72), 6))
-    settings = {**SETTINGS, "model": models.linear((4,), 2), "plan": batching.epochs(2, 6)}
+    solver = SOLVER._replace(plan=batching.epochs(2, 6))
+    settings = {**SETTINGS, "model": models.linear((4,), 2), "solver": solver}
     algorithm = algorithms.fedamp(**settings, bandwidth="median", scale=0.1, penalty=0.05)
     state = jax.tree.map(lambda x: x[0], simulate(algorithm, federation, num_rounds=15).state)
     clouds = np.asarray(state.params["decoder"]["kernel"]).reshape(6, -1)
@@ -270,7 +282,7 @@ def test_fedamp_pulls_similar_clients_together():
 
 def test_judged_like_any_other():
     algorithm = algorithms.fedu(
-        **SETTINGS, graph=graphs.fixed(graphs.complete(NUM_CLIENTS)), strength=0.05
+        **SETTINGS, graph=graphs.fixed(graphs.complete_weights(NUM_CLIENTS)), strength=0.05
     )
     judge = evaluate_clients(algorithm, TASK, VMAP)
     sim = simulate(

@@ -1,13 +1,26 @@
-"""Local training of one client: objectives, weights, phases, what stays personal; against plain numpy."""
+"""Local training of one client against plain numpy.
+
+Objectives, weights, phases, and what stays personal.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MODEL, NUM_CLIENTS, PLAN, TASK, VMAP, assert_trees_close, small_federation
+from helpers import (
+    ALGORITHMS,
+    MODEL,
+    NUM_CLIENTS,
+    PLAN,
+    SOLVER,
+    TASK,
+    VMAP,
+    assert_trees_close,
+    small_federation,
+)
 
-from fedjax_mtl import algorithms, models, simulate, tasks
+from fedjax_mtl import Solver, algorithms, models, simulate, tasks
 from fedjax_mtl.clients import training
 from fedjax_mtl.clients.updates import Phase, local_trainer
 from fedjax_mtl.core import batching, sampling, trees
@@ -36,13 +49,12 @@ def gradients(a, b):
 
 
 def test_alternation_trains_head_then_body():
-    """FedRep (arXiv 2102.07078): the head for some steps with the body frozen, then the body with the head frozen."""
+    """FedRep (arXiv 2102.07078) trains the head with the body frozen, then the body."""
     head, body = trees.under("decoder"), trees.under("encoder")
     update = local_trainer(
         TWO_LAYER,
         REGRESSION,
-        optax.sgd(0.1, momentum=0.9),
-        batching.epochs(1, None),
+        Solver(optax.sgd(0.1, momentum=0.9), batching.epochs(1, None)),
         personal=head,
         phases=(Phase(head, batching.steps(3, None)), Phase(body, batching.steps(2, None))),
     )
@@ -67,8 +79,7 @@ def test_personal_leaves_never_travel():
         MODEL,
         TASK,
         num_clients=NUM_CLIENTS,
-        plan=PLAN,
-        optimizer=optax.sgd(0.1),
+        solver=Solver(optax.sgd(0.1), PLAN),
         personal=trees.under("decoder"),
         execution=VMAP,
     )
@@ -104,19 +115,26 @@ def test_the_proximal_gradient_is_that_of_the_penalised_loss():
 
 
 def test_a_client_out_of_budget_leaves_momentum_and_parameters_alone():
-    """Stopping after two steps by budget is the same as planning two steps: no momentum and no decay act afterwards."""
+    """A client that stops after two steps equals one that had planned two steps.
+
+    It stops by its budget or by a share of the work. Neither momentum nor decay act afterwards. A
+    client that makes no step has no loss.
+    """
     optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
     gradient = training.loss_gradient(tasks.example_losses(TWO_LAYER, REGRESSION))
     state = optimizer.init(START)
 
-    def go(plan, budget):
-        return training.train(gradient, optimizer, plan, START, state, view(budget), KEY)
+    def go(num_steps, budget=NO_BUDGET, work=1.0):
+        me = view(budget)._replace(work=work)
+        plan = batching.steps(num_steps, None)
+        return training.train(gradient, optimizer, plan, START, state, me, KEY)
 
-    short, capped = go(batching.steps(2, None), NO_BUDGET), go(batching.steps(9, None), 2)
-    assert_trees_close(short, capped, rtol=0, atol=0)
-    none = go(batching.steps(9, None), 0)
-    assert_trees_close(none.params, START, rtol=0, atol=0)
-    assert none.num_steps == 0 and none.loss == 0
+    short = go(2)
+    assert_trees_close(go(9, budget=2), short, rtol=0, atol=0)
+    assert_trees_close(go(9, work=0.3), short, rtol=0, atol=0)
+    for none in (go(9, budget=0), go(9, work=0.1)):
+        assert_trees_close(none.params, START, rtol=0, atol=0)
+        assert none.num_steps == 0 and np.isnan(none.loss) and np.isnan(none.first_loss)
 
 
 def test_schedules_scale_steps_by_round():
@@ -124,9 +142,9 @@ def test_schedules_scale_steps_by_round():
         TWO_LAYER,
         REGRESSION,
         num_clients=1,
-        plan=batching.steps(1, None),
-        optimizer=optax.sgd(0.1),
-        schedule=lambda r: jnp.where(r == 0, 1.0, 0.0),
+        solver=Solver(
+            optax.sgd(0.1), batching.steps(1, None), lambda r: jnp.where(r == 0, 1.0, 0.0)
+        ),
         execution=VMAP,
     )
     state = algorithm.init(KEY)
@@ -154,8 +172,7 @@ def test_component_learning_rates():
         TASK,
         num_clients=NUM_CLIENTS,
         num_components=2,
-        plan=PLAN,
-        optimizer=optax.sgd(0.1),
+        solver=Solver(optax.sgd(0.1), PLAN),
         component_scales=jnp.array([1.0, 0.0]),
         execution=VMAP,
     )
@@ -174,26 +191,15 @@ def test_refusals():
         local_trainer(
             MODEL,
             TASK,
-            optax.sgd(0.1),
-            PLAN,
-            keep_optimizer=True,
+            Solver(optax.sgd(0.1), PLAN, keep_optimizer=True),
             phases=(Phase(trees.everything, PLAN),),
         )
     with pytest.raises(
         ValueError, match=r"component_scales has shape \(3,\); give one factor for each of the 2"
     ):
-        algorithms.fedem_client(MODEL, TASK, 2, optax.sgd(0.1), PLAN, component_scales=jnp.ones(3))
-    with pytest.raises(ValueError, match="fedavg_tuned shares the whole model; drop personal"):
-        algorithms.fedavg_tuned(
-            MODEL,
-            TASK,
-            num_clients=6,
-            plan=PLAN,
-            optimizer=optax.sgd(0.1),
-            personal=trees.everything,
-        )
-    from helpers import ALGORITHMS
-
+        algorithms.fedem_client(MODEL, TASK, 2, SOLVER, component_scales=jnp.ones(3))
+    with pytest.raises(ValueError, match="drop keep_optimizer, or take fidelity='released'"):
+        algorithms.pfedme(MODEL, TASK, num_clients=6, solver=SOLVER.keeping(True))
     with pytest.raises(ValueError, match="seed -1 is negative"):
         simulate(ALGORITHMS["fedavg"], small_federation(), num_rounds=1, seeds=(-1,))
     with pytest.raises(ValueError, match="seeds is empty"):

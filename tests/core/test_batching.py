@@ -1,4 +1,7 @@
-"""Batches of one client: every example once an epoch, padding masked, orders uniform and independent of padding."""
+"""Batches of one client: every example once an epoch, padding masked, orders uniform.
+
+The orders do not depend on padding.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +30,11 @@ def client(size, capacity, budget=NO_BUDGET):
 
 
 def visits(plan, size, capacity, budget=NO_BUDGET, key=KEY):
-    """How often each position was visited, in which batch first, and the number of steps."""
+    """How a client goes through its data.
+
+    Returns how often each position was visited, how many real examples each batch had, and how many
+    steps were made.
+    """
 
     def step(carry, batch, key):
         counts, log, index = carry

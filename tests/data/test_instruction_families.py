@@ -6,7 +6,7 @@ import pytest
 from fedjax_mtl.data import instruction_families as families
 from fedjax_mtl.data import instructions
 
-DEFAULT = families.instruction_families(0)
+DEFAULT = families.draw_families(0)
 
 
 def answer(instruction: str, context: str) -> str:
@@ -62,7 +62,7 @@ def test_nothing_occurs_twice_in_a_family():
 
 def test_examples_fit_into_32_bytes():
     tokenizer = instructions.ByteTokenizer()
-    examples = instructions.encode(DEFAULT.instructions, tokenizer, 32, "short")
+    examples = instructions.encode_examples(DEFAULT.instructions, tokenizer, 32, "short")
     assert (examples["labels"] == tokenizer.end_token).sum() == len(DEFAULT.instructions)
     splits = instructions.federate(examples, DEFAULT.clients)
     assert splits.train.num_clients == splits.test.num_clients == 16
@@ -70,12 +70,12 @@ def test_examples_fit_into_32_bytes():
 
 
 def test_the_seed_decides():
-    assert families.instruction_families(0).instructions == DEFAULT.instructions
-    assert families.instruction_families(1).instructions != DEFAULT.instructions
+    assert families.draw_families(0).instructions == DEFAULT.instructions
+    assert families.draw_families(1).instructions != DEFAULT.instructions
 
 
 def test_refused():
     with pytest.raises(ValueError, match=r"'add_digits' has only about \d+ .* 102 are wanted"):
-        families.instruction_families(0, test_examples=19)
+        families.draw_families(0, test_examples=19)
     with pytest.raises(ValueError, match="must be at least 1"):
-        families.instruction_families(0, train_examples=0)
+        families.draw_families(0, train_examples=0)

@@ -77,7 +77,11 @@ def test_dolly_missing_empty_or_binary(tmp_path):
 
 
 def write_task(directory, name, count, long=0, blank=0):
-    """A task with ``count`` proper instances, ``long`` ones whose input has 1024 characters, and ``blank`` without answer."""
+    """Writes a task with instances of three kinds.
+
+    There are ``count`` proper ones, ``long`` ones whose input has 1024 characters, and ``blank``
+    ones without answer.
+    """
     inputs = (
         [f"{name} {number}" for number in range(count)] + ["x" * 1024] * long + ["blank"] * blank
     )
@@ -210,7 +214,7 @@ def test_start_and_padding_of_a_file(tmp_path):
     assert tokenizer.start_tokens == [2] and tokenizer.padding_token == 0
     assert tokenizer.encode("one two three") == [3, 4, 9]
     item = data.Instruction("one", "", "two three", "c")
-    examples = data.encode([item], tokenizer, 5, "short")
+    examples = data.encode_examples([item], tokenizer, 5, "short")
     assert examples["inputs"].tolist() == [[2, 3, 4, 9, 0]]
     assert examples["labels"].tolist() == [[-1, 4, 9, 1, -1]]
 
@@ -262,7 +266,7 @@ INSTRUCTIONS = st.builds(
 @given(st.lists(INSTRUCTIONS, min_size=1, max_size=3), st.sampled_from(data.TEMPLATES))
 def test_masks(items, template):
     length = 320
-    examples = data.encode(items, BYTES, length, template)
+    examples = data.encode_examples(items, BYTES, length, template)
     prompts, lengths = data.encode_prompts(items, BYTES, length, template)
     assert (
         examples["inputs"].shape
@@ -305,7 +309,7 @@ def test_long_prompts_lose_the_beginning_of_their_context(item, room):
         with pytest.raises(ValueError, match="example 0: its prompt takes"):
             data.encode_prompts([item], BYTES, room, "short")
         with pytest.raises(ValueError, match="example 0: .*keep_fitting"):
-            data.encode([item], BYTES, room, "short")
+            data.encode_examples([item], BYTES, room, "short")
         return
     prompts, lengths = data.encode_prompts([item], BYTES, room, "short")
     text = BYTES.decode(prompts[0, : lengths[0]])
@@ -314,7 +318,7 @@ def test_long_prompts_lose_the_beginning_of_their_context(item, room):
     ]
     assert text == next(prompt for prompt in shortened if len(BYTES.encode(prompt)) <= room)
     # An answer that does not fit beside the bare prompt loses its end, but never its beginning.
-    examples = data.encode([item], BYTES, room, "short")
+    examples = data.encode_examples([item], BYTES, room, "short")
     answer = [*BYTES.encode(item.response), BYTES.end_token]
     counted = examples["labels"][examples["labels"] != IGNORED]
     assert counted.tolist() == answer[: room + 1 - bare]
@@ -356,7 +360,7 @@ def test_one_task_a_client_and_the_federation():
     items = make_instructions({"t1": 20, "t2": 10})
     clients = data.deal_categories(items, clients_per_category=1)
     assert sorted(clients.categories) == ["t1", "t2"]
-    examples = data.encode(items, BYTES, 16, "short")
+    examples = data.encode_examples(items, BYTES, 16, "short")
     splits = data.federate(examples, clients)
     assert sorted(splits.train.sizes.tolist()) == [8, 16] and sorted(
         splits.test.sizes.tolist()

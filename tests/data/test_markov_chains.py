@@ -5,7 +5,7 @@ import pytest
 
 from fedjax_mtl.data import markov_chains as chains
 
-DEFAULT = chains.markov_chains(0)
+DEFAULT = chains.draw_chains(0)
 
 
 def own_tokens(federation, client):
@@ -35,7 +35,7 @@ def test_shapes_and_sizes():
 
 def test_clients_differ_from_their_group_in_the_swapped_images():
     np.testing.assert_array_equal(np.sort(DEFAULT.successors), np.tile(np.arange(12), (16, 1)))
-    same = chains.markov_chains(0, swaps=0)
+    same = chains.draw_chains(0, swaps=0)
     for group in range(4):
         own = same.successors[same.groups == group]
         assert (own == own[0]).all()
@@ -45,7 +45,7 @@ def test_clients_differ_from_their_group_in_the_swapped_images():
 
 
 def test_frequencies():
-    """Within four standard errors of what the definition says."""
+    """Frequencies are within four standard errors of what the definition says."""
     follows, firsts = [], []
     for client in range(16):
         tokens = own_tokens(DEFAULT.splits.test, client)
@@ -73,7 +73,7 @@ def test_entropy_floor():
 
 
 def test_noiseless_sequences_follow_the_permutation():
-    exact = chains.markov_chains(1, num_clients=3, num_groups=2, vocabulary=5, length=4, follow=1.0)
+    exact = chains.draw_chains(1, num_clients=3, num_groups=2, vocabulary=5, length=4, follow=1.0)
     assert exact.groups.tolist() == [0, 0, 1]
     for client in range(3):
         tokens = own_tokens(exact.splits.train, client)
@@ -85,7 +85,7 @@ def test_pretraining_sequences_come_from_other_chains():
     assert examples["inputs"].shape == examples["labels"].shape == (1024, 12)
     np.testing.assert_array_equal(examples["inputs"][:, 1:], examples["labels"][:, :-1])
     exact = chains.pretraining_sequences(0, noise=0.0)
-    groups = chains.markov_chains(0, swaps=0).successors
+    groups = chains.draw_chains(0, swaps=0).successors
     for chain in range(2):
         image = {}
         for current, following in zip(
@@ -96,7 +96,7 @@ def test_pretraining_sequences_come_from_other_chains():
 
 
 def test_the_seed_decides():
-    again, other = chains.markov_chains(0), chains.markov_chains(1)
+    again, other = chains.draw_chains(0), chains.draw_chains(1)
     np.testing.assert_array_equal(again.successors, DEFAULT.successors)
     for name, leaf in DEFAULT.splits.train.examples.items():
         np.testing.assert_array_equal(again.splits.train.examples[name], leaf)
@@ -115,7 +115,7 @@ def test_the_seed_decides():
 )
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        chains.markov_chains(0, **arguments)
+        chains.draw_chains(0, **arguments)
 
 
 def test_pretraining_refused():

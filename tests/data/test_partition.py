@@ -169,7 +169,7 @@ def test_bad_input(name):
 
 
 def test_the_synthetic_generator_makes_the_papers_sizes():
-    """Table 1 of FedEM: 70,507 training samples, which seed 1234 gives."""
+    """Seed 1234 gives the 70,507 training samples of FedEM's Table 1."""
     made = data.synthetic_mixture(num_test=1, dimension=2)
     # The dimension does not change the sizes, which are drawn first.
     assert int(made.splits.train.sizes.sum()) == 70_507

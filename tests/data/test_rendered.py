@@ -1,6 +1,4 @@
-"""Rendered rooms and outdoor figures: the geometry is exact, the labels agree with each other, and the
-conventions hold.
-"""
+"""Rendered rooms and outdoor figures: exact geometry, labels that agree, and conventions."""
 
 import numpy as np
 import pytest
@@ -33,7 +31,7 @@ def rotation(rng):
 
 
 def draw_shapes(seed):
-    """A shape of each kind, in view or partly out of it."""
+    """Draws one shape of each kind, in view or partly out of it."""
     rng = np.random.default_rng(seed)
     place, other = rng.uniform((-1.5, -1.5, 3), (1.5, 1.5, 5), (2, 3))
     return [
@@ -45,7 +43,10 @@ def draw_shapes(seed):
 
 
 def signed_distance(shape, points):
-    """Negative inside; exact enough near the surface to differentiate there."""
+    """The distance to a shape's surface, which is negative inside.
+
+    It is exact enough near the surface to differentiate it there.
+    """
     if isinstance(shape, Sphere):
         return np.linalg.norm(points - shape.centre, axis=-1) - shape.radius
     if isinstance(shape, Box):
@@ -316,7 +317,10 @@ def test_depth_of_rooms(samples):
 
 
 def test_missing_depth_is_left_out_of_the_metric(samples):
-    """Pixels marked 255 lie outside of the range 0 < depth < 80 that the root mean square error counts."""
+    """Pixels marked 255 lie outside of 0 < depth < 80.
+
+    The root mean square error counts only what lies inside.
+    """
     labels = rendered.preprocess(samples["A"][0])["depth"]
     counted = (labels > 0) & (labels < 80)
     np.testing.assert_array_equal(counted, samples["A"][0]["depth"] > 0)

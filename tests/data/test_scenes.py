@@ -5,11 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.problems import task_sets
 from fedjax_mtl import models, tasks
 from fedjax_mtl.clients import training
 from fedjax_mtl.core import batching, federation
 from fedjax_mtl.data import rendered, scenes
+from fedjax_mtl.data.task_problems import scenes_problem
 
 FIELDS = {
     "size": "tiny",
@@ -47,7 +47,7 @@ def test_extras_are_sets_of_their_own(folder):
 
 
 def test_a_population_of_scenes(folder):
-    problem = task_sets.scenes(data_dir=folder, **FIELDS)
+    problem = scenes_problem(data_dir=folder, **FIELDS)
     assert sorted(problem.splits.train) == sorted(
         [f"A_{t}" for t in FIELDS["tasks_a"]] + [f"B_{t}" for t in FIELDS["tasks_b"]]
     )
@@ -59,21 +59,20 @@ def test_a_population_of_scenes(folder):
         [np.asarray(problem.splits.train[f"A_{t}"].indices[0]) for t in FIELDS["tasks_a"]]
     )
     assert len(set(owned.tolist())) == 40  # disjoint, and together everything
-    joint = task_sets.scenes(
+    joint = scenes_problem(
         data_dir=folder, **{**FIELDS, "single_task": False, "clients_per_group": 4}
     )
-    assert joint.splits.train["A"].num_clients == 4 and joint.outputs["B"]["human_parts"] == 7
+    assert joint.splits.train["A"].num_clients == 4
+    assert joint.groups["B"].outputs["human_parts"] == 7
 
 
 @pytest.mark.claim
 def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
     """The labels can be learned from the images, all together by one encoder."""
-    problem = task_sets.scenes(
-        data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)}
-    )
+    problem = scenes_problem(data_dir=folder, **{**FIELDS, "single_task": False, "domains": ("A",)})
     own = problem.splits.train["A"]
-    model = models.multi_decoder(problem.input_shape, problem.outputs["A"], "tiny")
-    task = problem.tasks["A"]
+    model = models.multi_decoder(*problem.groups["A"][2:4], "tiny")
+    task = problem.task["A"]
     losses = tasks.example_losses(model, task)
     view = federation.ClientView(
         own.examples,
@@ -102,11 +101,9 @@ def test_a_tiny_model_overfits_eight_images_on_all_tasks(folder):
         outputs = model.apply(trained.params, own.examples["inputs"][view.rows], None)
         labels = jax.tree.map(lambda x: x[view.rows], own.examples["labels"])
         finals = {
-            name: metric.finish(
-                jax.tree.map(lambda x: x.sum(0), metric.statistics(outputs, labels))
-            )
+            name: metric.finish(jax.tree.map(lambda x: x.sum(0), metric.measure(outputs, labels)))
             for name, metric in task.metrics.items()
-            if isinstance(metric, tasks.PooledMetric)
+            if metric.finish is not None
         }
         return before, training.local_losses(losses, trained.params, view), finals
 
@@ -127,6 +124,6 @@ def test_bad_arguments(folder):
     with pytest.raises(
         ValueError, match="unknown task 'sal' in config.data.tasks_a; expected one of semseg"
     ):
-        task_sets.scenes(data_dir=folder, **{**FIELDS, "tasks_a": ("sal",)})
+        scenes_problem(data_dir=folder, **{**FIELDS, "tasks_a": ("sal",)})
     with pytest.raises(ValueError, match="train_fraction is 0"):
-        task_sets.scenes(data_dir=folder, **{**FIELDS, "train_fraction": 0})
+        scenes_problem(data_dir=folder, **{**FIELDS, "train_fraction": 0})

@@ -175,8 +175,8 @@ def test_windows_are_the_shifted_text_of_each_part(path):
     labels = windows.labels[mine & ~windows.is_test]
     assert len(train) == len(train_text) - 80
     for start in range(len(train)):
-        assert shakespeare.decode(train[start]) == train_text[start : start + 80]
-        assert shakespeare.decode(labels[start]) == train_text[start + 1 : start + 81]
+        assert shakespeare.decode_text(train[start]) == train_text[start : start + 80]
+        assert shakespeare.decode_text(labels[start]) == train_text[start + 1 : start + 81]
     # Its one test line is shorter than a window.
     assert not (mine & windows.is_test).any()
     assert "  " not in train_text
@@ -195,7 +195,7 @@ def test_last_fifth_of_the_lines_is_for_testing(num_lines, num_test, tmp_path):
     windows = shakespeare.load_shakespeare(one_role(tmp_path, lines))
     assert windows.names == ["A_PLAY_ONE"]
     seen = {
-        is_test: set(shakespeare.decode(windows.inputs[windows.is_test == is_test].ravel()))
+        is_test: set(shakespeare.decode_text(windows.inputs[windows.is_test == is_test].ravel()))
         for is_test in (False, True)
     }
     assert seen[False] == set(letters[:-num_test]) | {" "}
@@ -277,14 +277,14 @@ def test_errors_name_the_file_and_what_was_expected(tmp_path):
 
 
 def test_codes_follow_string_printable():
-    codes = shakespeare.encode(string.printable)
+    codes = shakespeare.encode_text(string.printable)
     np.testing.assert_array_equal(codes, np.arange(100))
     assert codes.dtype == np.uint8
-    assert shakespeare.decode(codes) == string.printable
-    assert shakespeare.encode("").shape == (0,)
+    assert shakespeare.decode_text(codes) == string.printable
+    assert shakespeare.encode_text("").shape == (0,)
     for text in ("caf\u00e9", "a\x00b"):
         with pytest.raises(ValueError, match="outside the vocabulary"):
-            shakespeare.encode(text)
+            shakespeare.encode_text(text)
 
 
 def test_character_weights():

@@ -184,5 +184,5 @@ def test_fourier_features_approach_the_kernel():
 
 def test_encoded_features():
     splits, inputs, _ = small_splits()
-    result = features.encode(splits, lambda x: jnp.tanh(x[:, :2]), batch_size=7)
+    result = features.encode_inputs(splits, lambda x: jnp.tanh(x[:, :2]), batch_size=7)
     np.testing.assert_allclose(result.train.examples["inputs"], np.tanh(inputs[:, :2]), rtol=1e-5)

@@ -22,7 +22,10 @@ NUM_TRAIN, NUM_TEST = 13, 7
 
 
 def images_and_labels(name: str, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images uint8 [num, H, W, C] and labels [num], 0 and the highest among them."""
+    """Random images, uint8 ``[num, H, W, C]``, and labels ``[num]``.
+
+    The label 0 and the highest label are among them.
+    """
     rng = np.random.default_rng(seed)
     shape, classes = ((28, 28, 1), 62) if name == "emnist" else ((32, 32, 3), int(name[5:]))
     labels = rng.integers(0, classes, num)
@@ -150,7 +153,10 @@ def test_data_dir_comes_from_the_environment(tmp_path, offline, monkeypatch):
 
 @pytest.mark.parametrize("relative", ["cifar10", "emnist/byclass"])
 def test_official_array_record_data_are_read_too(relative, tmp_path):
-    """TFDS's own layout with PNG images; its builders take Pillow images without TensorFlow."""
+    """Data in TFDS's own layout, with PNG images, are read too.
+
+    TFDS's builders take Pillow images without TensorFlow.
+    """
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -258,7 +264,7 @@ def test_unknown_name(tmp_path):
 
 
 def test_archive_with_the_wrong_checksum_is_refused(tmp_path):
-    """An archive put where the module says is used and checked, with no network."""
+    """An archive that lies where the module says is used and checked, without a network."""
     import tensorflow_datasets as tfds
 
     manual = tmp_path / "downloads" / "manual"
@@ -319,7 +325,7 @@ def test_constants():
 
 
 def test_command_line_and_light_import(tmp_path):
-    """As a module: help works, and neither import nor the error loads TFDS."""
+    """The module shows its help, and neither its import nor its error loads TFDS."""
     code = (
         "import sys\n"
         "from fedjax_mtl.data import tfds_sets\n"

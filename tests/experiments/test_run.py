@@ -14,7 +14,9 @@ import pytest
 
 from configs import fedem_digits, fedem_synthetic, relational_digits
 from experiments import report, run, sweep
-from experiments.outputs import workdir
+from experiments.outputs import telemetry, workdir
+from experiments.plan import make_plan
+from fedjax_mtl.core.checks import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -131,8 +133,7 @@ def final_state(directory):
     from experiments.outputs.checkpoints import Checkpoints
 
     config = quick(num_rounds=40, eval_every=1, checkpoint_every=1)
-    problem = run.build.make_problem(config)
-    algorithm, _ = run.build.make_algorithm(config, problem)
+    algorithm = run.prepare(make_plan(config), run.Made()).algorithm
     checkpoints = Checkpoints(directory / "checkpoints")
     state, _ = checkpoints.restore(40, run.initial_shapes(algorithm, 3))
     checkpoints.close()
@@ -146,7 +147,8 @@ def test_a_killed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     metrics, leaves = final_state(tmp_path / "whole")
     directory = tmp_path / "killed"
     kills = 0
-    # Killed at whatever it is doing; waiting for a temporary checkpoint directory hits the middle of a save.
+    # The run is killed at whatever it is doing. Waiting for a temporary checkpoint directory hits
+    # the middle of a save.
     for wait_for_save in (False, True, False, True, True):
         process = launch(directory)
         goal = time.time() + 120
@@ -174,7 +176,8 @@ def test_a_killed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
         ("--config.cohort_size=500", "error: config.cohort_size is 500 but 19 clients train"),
         (
             "--config.cohort=5",
-            "error: the config or one of its settings is unknown .*'cohort'.* given: .*--config.cohort=5",
+            "error: the config or one of its settings is unknown "
+            ".*'cohort'.* given: .*--config.cohort=5",
         ),
         ("--config.num_rounds=many", "flag --config.num_rounds=many: invalid literal for int"),
     ],
@@ -223,14 +226,93 @@ def test_sweep_and_report(tmp_path):
         sweep.parse_grid("nonsense")
 
 
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("(64,32),(32,)", [(64, 32), (32,)]),
+        ("1,2.5,abc", [1, 2.5, "abc"]),
+        (
+            "learned(smoothness=0.5, decay=0.1),group",
+            ["learned(smoothness=0.5, decay=0.1)", "group"],
+        ),
+        ("('average, sgd(learning_rate=3.0)')", ["average, sgd(learning_rate=3.0)"]),
+        ("data/a b,100.txt", ["data/a b", "100.txt"]),
+        ("None,True", [None, True]),
+    ],
+)
+def test_a_grid_is_split_where_python_would(text, values):
+    assert sweep.parse_grid(f"field={text}") == ("field", values)
+
+
+def test_a_sweep_loads_data_once(tmp_path, monkeypatch):
+    made = []
+    real = run.assembly.make_problem
+    monkeypatch.setattr(run.assembly, "make_problem", lambda plan: made.append(plan) or real(plan))
+    config = fedem_digits.get_config("quick")
+    config.update(num_rounds=2, eval_every=2, seeds=(0,))
+    sweep.sweep(config, ["algorithm.name=fedavg,local"], tmp_path)
+    assert len(made) == 1
+
+
+def test_a_finished_run_goes_on_with_more_rounds(tmp_path):
+    config = fedem_digits.get_config("quick")
+    config.update(seeds=(0,), num_rounds=2)
+    config.algorithm.name = "fedavg"
+    run.run(config, tmp_path / "run")
+    config.num_rounds = 4
+    longer = run.run(config, tmp_path / "run")
+    whole = run.run(config, tmp_path / "whole")
+    assert longer["metrics"]["train_clients"] == whole["metrics"]["train_clients"]
+    config.num_rounds = 2
+    with pytest.raises(ValueError, match="num_rounds: 4 there, 2 now"):
+        run.run(config, tmp_path / "run")
+
+
+def test_another_configs_directory_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"num_rounds": 3}')
+    monkeypatch.setattr(run.assembly, "make_problem", None)
+    with pytest.raises(ValueError, match="holds a run of a different config"):
+        run.run(fedem_digits.get_config("quick"), tmp_path)
+
+
+def test_a_bug_keeps_its_traceback():
+    def broken():
+        raise ValueError("zip() argument 2 is shorter than argument 1")
+
+    with pytest.raises(ValueError, match="zip"):
+        telemetry.exit_on_bad_input(broken)
+
+    def refused():
+        raise InputError("give another")
+
+    with pytest.raises(SystemExit, match="error: give another"):
+        telemetry.exit_on_bad_input(refused)
+
+
+def test_fields_can_be_none_on_the_command_line(tmp_path):
+    overrides = ["--config.client.batch_size=None", "--config.client.max_norm=2.5"]
+    overrides += ["--config.algorithm.fedem.num_components=2", "--config.num_rounds=1"]
+    process = launch(tmp_path / "run", *overrides)
+    assert process.wait() == 0, process.stdout.read()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["client"]["batch_size"] is None and config["client"]["max_norm"] == 2.5
+    assert config["algorithm"]["fedem"]["num_components"] == 2
+
+
 def test_a_report_of_an_unfinished_run_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="has not finished"):
         report.report([tmp_path], tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(relational_digits.get_config("quick").algorithm) - {"name"})
-)
+ALGORITHMS = [
+    *("agnostic", "apfl", "clustered", "decentralized_fedem", "ditto", "fedadam", "fedamp"),
+    *("fedavg", "fedavg_tuned", "fedbn", "feddea", "fedem", "fedhca2", "fedmtl", "fedper"),
+    *("fedprox", "fedrep", "fedu", "l2sgd", "lg_fedavg", "local", "matfl", "pfedme", "q_ffl"),
+    "sheaf_fmtl",
+]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_runs_from_a_config(name, tmp_path):
     config = relational_digits.get_config("quick")
     config.algorithm.name = name

@@ -10,13 +10,13 @@ import optax
 import pytest
 from helpers import assert_trees_close
 
-from fedjax_mtl import models, tasks
+from fedjax_mtl import Solver, models, tasks
 from fedjax_mtl.clients.central import train_centrally
 from fedjax_mtl.clients.training import loss_gradient
 from fedjax_mtl.core import batching, trees
 from fedjax_mtl.models import adapters
 from fedjax_mtl.models.decoding import greedy
-from fedjax_mtl.models.lora import dense_layers, merge, num_adapter_parameters
+from fedjax_mtl.models.low_rank import dense_layers, merge, num_adapter_parameters
 from fedjax_mtl.tasks import example_losses
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "mira.json").read_text())
@@ -64,7 +64,10 @@ def test_equals_merged_weights():
 
 
 def test_any_model_of_dense_layers():
-    """The library's own dense layer, of an MLP, with small batches that take another path."""
+    """The library's own dense layer takes adapters too, here in an MLP.
+
+    Small batches take another path through that layer than large ones.
+    """
     mlp = models.mlp((6,), 3, (5, 4))
     model = models.lora(mlp, targets=["encoder/*"], rank=2)
     params = perturbed(model.init(jax.random.key(1)))
@@ -77,7 +80,10 @@ def test_any_model_of_dense_layers():
 
 
 def test_gradient_is_of_adapters_alone():
-    """Equal to the chain rule through the merged kernel: dA = scale dW B^T, dB = scale A^T dW."""
+    """The gradient equals the chain rule through the merged kernel.
+
+    That is dA = scale dW B^T and dB = scale A^T dW.
+    """
     params = perturbed(LORA.init(jax.random.key(2)))
     labels = jnp.roll(TOKENS, -1, axis=1)
     task = tasks.language_modelling()
@@ -227,8 +233,7 @@ def test_central_training_is_plain_training():
         BASE,
         task,
         examples,
-        optimizer=optax.sgd(0.5),
-        plan=batching.steps(3, None),
+        solver=Solver(optax.sgd(0.5), batching.steps(3, None)),
         key=jax.random.key(0),
     )
     params = BASE.init(jax.random.split(jax.random.key(0))[0])

@@ -19,7 +19,7 @@ NEW = 8
 
 
 def make_params(seed):
-    """Large weights, so that answers vary."""
+    """Parameters with large weights, so that answers vary."""
     return jax.tree.map(lambda p: 3 * p, jax.jit(MODEL.init)(jax.random.key(seed)))
 
 
@@ -28,7 +28,7 @@ APPLY = jax.jit(MODEL.apply)
 
 
 def naive(params, end_token=END):
-    """One prompt at a time, no padding before it, no cache."""
+    """Decodes one prompt at a time, with no padding before it and no cache."""
     answers = np.full((len(LENGTHS), NEW), -1)
     for row, length in enumerate(LENGTHS):
         tokens = np.zeros((1, CONFIG.max_length), np.int32)

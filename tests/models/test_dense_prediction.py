@@ -1,4 +1,4 @@
-"""Dense models: parameter counts, golden operations, shapes, and that each part trains only its own."""
+"""Dense models: parameter counts, golden operations, shapes; each part trains only its own."""
 
 import json
 import pathlib
@@ -86,7 +86,7 @@ def test_conditioned_block_golden():
             "shift": {"kernel": arrays["beta_weight"].T, "bias": arrays["beta_bias"]},
         }
         x = jnp.moveaxis(arrays["x_CHW"], 0, -1)[None]
-        ours = dp.Block(2, 1).apply({"params": params}, x, arrays["embedding"])
+        ours = dp.ConvBlock(2, 1).apply({"params": params}, x, arrays["embedding"])
         expected = np.moveaxis(GOLDEN["condition_block_1x1"]["output"], 0, -1)
         np.testing.assert_allclose(ours[0], expected, rtol=1e-7, atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""Models: convolutions and dense layers equal to flax's, the papers' parameter counts, and refusals."""
+"""Models: convolutions and dense layers equal to flax's, the papers' parameter counts, refusals."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ from helpers import assert_trees_close
 
 from fedjax_mtl import models
 from fedjax_mtl.models.convolution import PatchConv, max_pool, minimal_filtering
-from fedjax_mtl.models.dense import small_batch_product
+from fedjax_mtl.models.dense_layer import small_batch_product
 
 KEY = jax.random.key(0)
 
@@ -46,7 +46,7 @@ def test_patch_convolution_with_weights_of_its_own_for_every_client():
 
 @pytest.mark.parametrize("shape", [(4, 4), (6, 3), (9, 8), (11, 7)])
 def test_minimal_filtering_is_the_convolution(shape):
-    """Exactly, in double precision, for heights of every remainder; and its gradients."""
+    """It is exact in double precision, for heights of every remainder, and so are its gradients."""
     with jax.enable_x64(True):
         x = jax.random.normal(KEY, (2, *shape, 5), jnp.float64)
         kernel = jax.random.normal(KEY, (3, 3, 5, 4), jnp.float64)
@@ -70,7 +70,10 @@ def test_minimal_filtering_is_the_convolution(shape):
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(("channels", "products"), [(15, 1), (16, 6)])
 def test_wide_convolutions_filter_minimally(channels, products, padding):
-    """On CPUs; equal to flax's in single precision, with weights of its own for every client, too."""
+    """On CPUs the layer equals flax's in single precision.
+
+    That holds with weights of its own for each client.
+    """
     x = jax.random.normal(KEY, (3, 2, 7, 6, channels))
     ours, theirs = PatchConv(4, (3, 3), padding=padding), nn.Conv(4, (3, 3), padding=padding)
     params = jax.vmap(theirs.init)(jax.random.split(KEY, 3), x)
@@ -120,7 +123,8 @@ def test_max_pool_equals_flax():
         (lambda: models.linear((150,), 1), 151),
         (lambda: models.cnn((28, 28, 1), 62), 2_278_334),
         (lambda: models.cnn((32, 32, 3), 10), 3_353_034),
-        # PyTorch counts two bias vectors a gate, 2 * 4 * 256 * 2 layers / 2 of them superfluous: 825,220.
+        # PyTorch has two bias vectors a gate and counts 825,220 parameters; 4 * 256 for each of two
+        # layers are superfluous.
         (lambda: models.lstm(80), 825_220 - 2 * 4 * 256),
     ],
 )

@@ -1,7 +1,8 @@
-"""Checkpoints: PyTorch's logits and generations, round trips, other layouts of the same weights, refusals.
+"""Checkpoints: PyTorch's logits and generations, round trips, other layouts, refusals.
 
-The golden checkpoints are random GPT-2 and Llama models (all weights and biases drawn, grouped queries in the Llama) of the Hugging Face library, stored with its
-logits and its greedy generations of single prompts; versions are in their ``expected.json``.
+The golden checkpoints are random GPT-2 and Llama models of the Hugging Face library (all weights
+and biases drawn, grouped queries in the Llama). They are stored with its logits and its greedy
+generations of single prompts; versions are in their ``expected.json``.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def tensors_of(directory):
 
 
 def write(directory, tensors, like):
-    """A checkpoint of changed tensors."""
+    """Writes a checkpoint of changed tensors."""
     directory.mkdir(exist_ok=True)
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     shutil.copy(GOLDEN / like / "config.json", directory)
@@ -204,7 +205,8 @@ def test_refused_checkpoints(tmp_path):
         load_changed(tmp_path, "tiny_llama", lambda tensors: tensors.update(extra=np.ones(2)))
     with pytest.raises(
         ValueError,
-        match=r"'model.layers.0.self_attn.k_proj.weight' .* has shape \(12, 24\), but blocks_0/attention/key/kernel needs \(24, 24\)",
+        match=r"'model.layers.0.self_attn.k_proj.weight' .* has shape \(12, 24\), "
+        r"but blocks_0/attention/key/kernel needs \(24, 24\)",
     ):
         load_safetensors(GOLDEN / "tiny_llama", dataclasses.replace(config, num_key_value_heads=4))
     with pytest.raises(ValueError, match="tensors that the configuration does not use"):

@@ -1,4 +1,4 @@
-"""Transformers: shapes of the papers, causality, the cache against the whole sequence, adapters from outside, refusals."""
+"""Transformers: shapes of the papers, causality, the cache, adapters from outside, refusals."""
 
 import dataclasses
 import functools
@@ -36,7 +36,10 @@ EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
 def disturbed(params):
-    """Without this, biases are 0 and scales 1 at the start, and a tiny network hardly mixes."""
+    """Adds noise to parameters.
+
+    Without it biases are 0 and scales are 1 at the start, and a tiny network hardly mixes.
+    """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     moved = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
@@ -45,7 +48,7 @@ def disturbed(params):
 
 @functools.cache
 def build(config):
-    """The model, compiled; parameters; three sequences of nine tokens."""
+    """Returns the compiled model, its parameters, and three sequences of nine tokens."""
     model = models.language_model(config)
     compiled = model._replace(apply=jax.jit(model.apply), step=jax.jit(model.step))
     tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, config.vocabulary)

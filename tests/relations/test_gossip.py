@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_mtl.relations import gossip
-from fedjax_mtl.rounds.federated import check_mixing_matrix
+from fedjax_mtl.server.gossip import check_mixing_matrix
 
 SETTINGS = settings(deadline=None, max_examples=15)
 
@@ -30,14 +30,17 @@ def test_weights_are_symmetric_stochastic_and_on_the_graph(count, seed):
 
 
 def test_fastest_mixing_on_graphs_with_known_optima():
-    """Boyd, Diaconis, Xiao: the complete graph mixes at once; the path of n nodes at rate cos(pi / n), with weights 1/2."""
-    assert gossip.mixing_rate(gossip.fastest_mixing_weights(gossip.complete(6))) < 1e-6
+    """The complete graph mixes at once, the path of n nodes at rate cos(pi / n) with weights 1/2.
+
+    Reference: Boyd, Diaconis, Xiao.
+    """
+    assert gossip.mixing_rate(gossip.fastest_mixing_weights(gossip.complete_graph(6))) < 1e-6
     path = gossip.fastest_mixing_weights(nx.path_graph(5), iterations=3000)
     np.testing.assert_allclose(gossip.mixing_rate(path), np.cos(np.pi / 5), atol=5e-3)
 
 
 def test_zero_diagonals():
-    weights = gossip.without_self_loops(gossip.metropolis_weights(gossip.complete(5)))
+    weights = gossip.without_self_loops(gossip.metropolis_weights(gossip.complete_graph(5)))
     np.testing.assert_allclose(weights, (np.ones((5, 5)) - np.eye(5)) / 4, atol=1e-9)
     with pytest.raises(ValueError, match="no doubly stochastic matrix with a zero diagonal"):
         gossip.without_self_loops(gossip.metropolis_weights(nx.star_graph(3)))
@@ -59,6 +62,6 @@ def test_bad_graphs_and_matrices():
 
 def test_two_clients_and_one():
     np.testing.assert_allclose(
-        gossip.fastest_mixing_weights(gossip.complete(2)), np.full((2, 2), 0.5)
+        gossip.fastest_mixing_weights(gossip.complete_graph(2)), np.full((2, 2), 0.5)
     )
     np.testing.assert_allclose(gossip.metropolis_weights(gossip.ring(1)), [[1.0]])

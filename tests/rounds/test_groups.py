@@ -9,19 +9,22 @@ from helpers import assert_trees_close
 
 from fedjax_mtl import (
     Group,
+    Solver,
     algorithms,
     client_offsets,
-    evaluate_population,
+    evaluate_clients,
     heterogeneous,
     local_trainer,
     make_execution,
     make_federation,
     models,
+    relational,
     server,
     simulate,
     tasks,
 )
 from fedjax_mtl.core import batching, sampling, trees
+from fedjax_mtl.rounds.engine import client_key, client_view, cohort_inputs
 
 KEY = jax.random.key(0)
 VMAP = make_execution("vmap")
@@ -48,9 +51,8 @@ def two_part_model(task, outputs):
 
 def group(task, outputs, num_clients, learner=None, **trainer):
     model = two_part_model(task, outputs)
-    client = local_trainer(
-        model, learner or tasks.classification(), optax.sgd(0.1), PLAN, **trainer
-    )
+    solver = Solver(optax.sgd(0.1), PLAN)
+    client = local_trainer(model, learner or tasks.classification(), solver, **trainer)
     return Group(model.init, client, num_clients)
 
 
@@ -80,27 +82,24 @@ def make(groups=None, chain=None, **settings):
 
 
 def test_groups_of_one_task_are_one_federation():
-    """The same clients in one federation and in two groups make the same round, decoders averaged or personal."""
+    """The same clients in one federation and in two groups make the same round.
+
+    Decoders are averaged or personal.
+    """
     whole = federation(5, 3, 2)
     parts = {"a": whole.take(jnp.array([0, 1])), "b": whole.take(jnp.array([2, 3, 4]))}
     model = two_part_model("first", 3)
     for personal in (trees.nothing, DECODERS):
         # Full batches, so that keys do not matter.
-        client = local_trainer(
-            model,
-            tasks.classification(),
-            optax.sgd(0.1),
-            batching.steps(2, None),
-            personal=personal,
-        )
+        solver = Solver(optax.sgd(0.1), batching.steps(2, None))
+        client = local_trainer(model, tasks.classification(), solver, personal=personal)
         groups = {name: Group(model.init, client, n) for name, n in (("a", 2), ("b", 3))}
         apart = make(groups)
         together = algorithms.fedavg(
             model,
             tasks.classification(),
             num_clients=5,
-            plan=batching.steps(2, None),
-            optimizer=optax.sgd(0.1),
+            solver=solver,
             personal=personal,
             execution=VMAP,
         )
@@ -138,7 +137,7 @@ def test_nobody_holds_a_decoder_that_it_does_not_train():
 
 
 def test_decoders_of_owners_are_averaged_among_them():
-    """Three groups, two of which own the task ``first``: its decoder is the mean over their clients only."""
+    """Of three groups two own the task ``first``, whose decoder is the mean of their clients."""
     groups = {"a": group("first", 3, 2), "b": group("second", 2, 3), "c": group("first", 3, 1)}
     population = {**POPULATION, "c": federation(1, 3, 5)}
     algorithm = make(groups, weighting="uniform")
@@ -153,18 +152,17 @@ def test_decoders_of_owners_are_averaged_among_them():
         "decoders": {"first": state.params["decoders"]["first"]},
     }
     with_key = alone.init(KEY)._replace(params=params)
-    # Keys differ by the groups' places: full-batch training would not care, these epochs do, so compare the rule.
+    # Keys differ by the groups' places: full-batch training would not care, these epochs do, so
+    # compare the rule.
     results = []
     for client_state, (name, index) in zip((with_key,) * 2, (("a", 0), ("c", 2)), strict=True):
         own = groups[name].client
         train_key = jax.random.fold_in(jax.random.split(KEY)[0], index)
         for client in range(groups[name].num_clients):
-            from fedjax_mtl.rounds.federated import client_key, cohort_inputs, view
-
             inputs = jax.tree.map(
                 lambda x, c=client: x[c], cohort_inputs(cohorts_of(reduced)[name])
             )
-            me = view(reduced[name].examples, inputs, jnp.int32(0), train_key)
+            me = client_view(reduced[name].examples, inputs, jnp.int32(0), train_key)
             start = own.init(client_state.params)
             results.append(
                 own.update(
@@ -220,8 +218,60 @@ def test_nobody_comes():
         for name, f in POPULATION.items()
     }
     new, metrics = algorithm.round(state, nobody, KEY)
-    assert_trees_close(new.params, state.params)
-    assert all(np.isfinite(m) for m in metrics.values())
+    assert_trees_close(new._replace(round=state.round), state)
+    assert metrics["participants"] == metrics["diverged"] == 0
+    # The mean over nobody is no number.
+    assert np.isnan([metrics[name] for name in ("loss", "loss/a", "num_steps")]).all()
+
+
+@pytest.mark.parametrize("kind", ["shared", "own"])
+def test_sampled_groups_with_stragglers_failures_and_kept_optimisers(kind):
+    """A sampled client keeps its momentum, and one that was not sampled keeps all that it had."""
+    solver = Solver(optax.sgd(0.1, momentum=0.9), PLAN, keep_optimizer=True)
+    groups = {
+        name: Group(
+            two_part_model(task, outputs).init,
+            local_trainer(two_part_model(task, outputs), tasks.classification(), solver),
+            count,
+        )
+        for name, task, outputs, count in (("a", "first", 3, 2), ("b", "second", 2, 3))
+    }
+    if kind == "shared":
+        algorithm = make(groups)
+    else:
+        chain = optax.chain(server.mean_of_others(), optax.sgd(1.0))
+        algorithm = relational(groups, chain, execution=VMAP)
+    uneven = sampling.dropping(sampling.partial_work(sampling.uniform(2), 0.5), 0.3)
+    run = simulate(algorithm, POPULATION, num_rounds=6, sampler=sampling.by_group(uneven))
+    state = jax.tree.map(lambda x: x[0], run.state)
+    assert state.round == 6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert run.metrics["participants"].min() < 4 and run.metrics["participants"].max() <= 4
+    cohorts = cohorts_of(POPULATION) | {
+        "b": sampling.make_cohort(POPULATION["b"], jnp.array([2, 0], jnp.int32))
+    }
+    new, _ = algorithm.round(state, cohorts, KEY)
+    for old, kept in zip(
+        jax.tree.leaves(state.clients["b"].optimizer),
+        jax.tree.leaves(new.clients["b"].optimizer),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(old[1], kept[1])
+        assert not np.allclose(old[0], kept[0])
+
+
+def test_a_server_that_knows_its_clients_is_made_for_the_owners():
+    """The server is told the owners of a leaf by their numbers in the whole population."""
+    groups = {"a": group("first", 3, 2), "b": group("second", 2, 3), "c": group("first", 3, 1)}
+    owners = []
+
+    def owners_server(clients):
+        owners.append(clients.tolist())
+        return optax.chain(server.mean_of_others(), optax.sgd(1.0))
+
+    chain = optax.chain(server.mean_of_others(), optax.sgd(1.0))
+    relational(groups, chain, owners_server=owners_server)
+    assert sorted(owners) == [[0, 1, 5], [2, 3, 4]]
 
 
 def test_server_chain_over_all_groups_learns_and_is_judged_by_group():
@@ -231,7 +281,7 @@ def test_server_chain_over_all_groups_learns_and_is_judged_by_group():
         server.step_from(optax.adam(0.05)),
     )
     algorithm = make(chain=chain)
-    judge = evaluate_population(
+    judge = evaluate_clients(
         algorithm, {"a": tasks.classification(), "b": tasks.classification()}, VMAP
     )
     run = simulate(
@@ -261,7 +311,7 @@ def test_adapted_newcomers_are_served():
     state = algorithm.init(KEY)
     newcomers = {"a": federation(4, 3, 9)}
     adapted = algorithm.adapt(state, newcomers, KEY)
-    judge = evaluate_population(algorithm, {"a": tasks.classification()}, VMAP)
+    judge = evaluate_clients(algorithm, {"a": tasks.classification()}, VMAP)
     before = judge(
         make(groups).adapt(state._replace(clients=state.clients), {}, KEY), {"a": POPULATION["a"]}
     )
@@ -311,9 +361,7 @@ def test_bad_groups():
     ):
         make().round(make().init(KEY), {"a": cohorts_of(POPULATION)["a"]}, KEY)
     with pytest.raises(ValueError, match="group 'b' has no task to be judged on"):
-        evaluate_population(make(), {"a": tasks.classification()}, VMAP)(
-            make().init(KEY), POPULATION
-        )
+        evaluate_clients(make(), {"a": tasks.classification()}, VMAP)(make().init(KEY), POPULATION)
     with pytest.raises(ValueError, match="group 'b' has no sampler"):
         sampling.by_group({"a": sampling.full_participation()})(KEY, 0, POPULATION)
     with pytest.raises(

@@ -83,7 +83,7 @@ def test_algebra(updates, keep, rescale):
 @SETTINGS
 @given(UPDATES)
 def test_factors_are_ordered(updates):
-    """1 <= l2 <= l1 <= density."""
+    """The factors are ordered as 1 <= l2 <= l1 <= density."""
     with jax.enable_x64(True):
         factors = []
         for rescale in ("none", "l2", "l1", "density"):

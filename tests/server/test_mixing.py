@@ -1,4 +1,4 @@
-"""Transformations that keep the client axis: golden values, independent numpy, and their algebra."""
+"""Transformations that keep the client axis: golden values, independent numpy, their algebra."""
 
 import json
 import pathlib
@@ -31,7 +31,10 @@ def double_precision():
 
 
 def step(transformation, starts, results, population=None, state=None, **facts):
-    """New models of the cohort, and the state, when clients that started from ``starts`` returned ``results``."""
+    """The new models of the cohort, and the state.
+
+    The clients went from ``starts`` to ``results``.
+    """
     starts, results = (jax.tree.map(jnp.asarray, tree) for tree in (starts, results))
     population = starts if population is None else jax.tree.map(jnp.asarray, population)
     state = transformation.init(population) if state is None else state
@@ -90,7 +93,10 @@ def test_matfl(case):
 
 
 def fedhca2_trees(case):
-    """Clients of the golden run: an encoder, and the decoders each owns among those of four tasks."""
+    """The clients of the golden run.
+
+    Each has an encoder, and the decoders that it owns among those of four tasks.
+    """
     tasks = ["depth", "edge", "normals", "semseg"]
     slots = [name.split(":") for name in case["decoder_order"]]
     clients = [int(client[-1]) for client, _ in slots]
@@ -317,7 +323,7 @@ def test_laplacian_mixing_contracts(seed, share):
 
 def test_complete_graph_at_one_over_clients_averages():
     results = models_of(5)
-    graph = graphs.fixed(graphs.complete(5) + 3 * np.eye(5))  # the diagonal does not count
+    graph = graphs.fixed(graphs.complete_weights(5) + 3 * np.eye(5))  # the diagonal does not count
     after = mixed(server.laplacian_mixing(graph, 1 / 5), results)
     np.testing.assert_allclose(after, np.tile(results.mean(0), (5, 1)), atol=1e-7)
 
@@ -391,7 +397,7 @@ def test_sheaf_with_identity_maps_is_laplacian_mixing():
 
 
 def test_sheaf_steps_are_gradient_steps():
-    """Against autodiff of the sheaf's objective, with an absent client."""
+    """Steps equal those of autodiff of the sheaf's objective, with an absent client."""
     results = jnp.asarray(models_of(10))
     adjacency = graphs.random(5, 4)
     mixing = server.sheaf_mixing(
@@ -419,7 +425,7 @@ def test_sheaf_steps_are_gradient_steps():
 
 
 def test_mixing_composes_with_other_transformations():
-    """Clipped and projected updates, then mixed: the mixture is of the models that clipping and projection leave."""
+    """The mixture is of the models that clipping and projection leave."""
     results = jnp.asarray(models_of(11))
     starts = jnp.asarray(models_of(12))
     graph = graphs.fixed(graphs.random(5, 2))
@@ -441,9 +447,9 @@ def test_mixing_composes_with_other_transformations():
 
 def test_graphs_from_descriptions():
     groups = np.array([0, 0, 1, 1, 1])
-    same = graphs.by_group(groups)
+    same = graphs.within_groups(groups)
     assert same[0, 1] == 1 and same[0, 2] == 0 and same[0, 0] == 0
-    np.testing.assert_allclose(graphs.by_group(groups, normalised=True).sum(1), 1)
+    np.testing.assert_allclose(graphs.within_groups(groups, normalised=True).sum(1), 1)
     features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
     cosine = graphs.by_similarity(features)
     assert cosine[0, 1] > 0.9 and cosine[0, 3] == 0
@@ -497,6 +503,99 @@ def test_graphs_remember_pairs_that_met():
         state, first, first, jnp.array([1, 3]), jnp.array([True, False])
     )
     assert adjacency[1, 3] == 0 and adjacency[0, 2] == pytest.approx(0.5)
+
+
+# --- Who owns which decoder.
+
+
+def decoders_of(seed):
+    """An encoder and two decoders of the same structure, of four clients."""
+    rng = np.random.default_rng(seed)
+
+    def layer():
+        return {"kernel": jnp.asarray(rng.normal(size=(4, 2, 2))), "bias": jnp.zeros((4, 2))}
+
+    return {"encoder": layer(), "decoders": {"depth": {"out": layer()}, "edge": {"out": layer()}}}
+
+
+OWNED = np.array([[True, True], [True, False], [False, True], [False, True]])
+
+
+def owned_rows(tree):
+    """The extra argument ``owned``.
+
+    It is a tree like the updates, with bool ``[cohort]`` in every leaf.
+    """
+    columns = {"depth": OWNED[:, 0], "edge": OWNED[:, 1]}
+    return trees.map_with_path(
+        lambda path, leaf: jnp.asarray(columns.get(path[1], np.ones(4, bool))), tree
+    )
+
+
+def two_rounds(rule, present=None, **facts):
+    starts, state = decoders_of(0), None
+    for seed in (1, 2):
+        results = decoders_of(seed)
+        after, state = step(rule, starts, results, starts, state, present=present, **facts)
+    return after, state
+
+
+@pytest.mark.parametrize("present", [None, jnp.array([True, True, True, False])])
+def test_ownership_comes_with_the_round_or_the_constructor(present):
+    """The round's account of who owns what and the constructor's give the same.
+
+    ``only`` cuts the tree of owners to the decoders.
+    """
+    names = [("decoders", "depth"), ("decoders", "edge")]
+    selected = trees.under("decoders")
+    by_round = server.only(selected, server.hyper_attention(decoders=names))
+    by_number = server.only(selected, server.hyper_attention(decoders=names, owned=OWNED))
+    owned = owned_rows(decoders_of(0))
+    ours, state = two_rounds(by_round, present, owned=owned)
+    theirs, other = two_rounds(by_number, present)
+    both, _ = two_rounds(by_number, present, owned=owned)
+    everybody = jax.tree.map(lambda x: jnp.ones(4, bool), owned)
+    narrowed, _ = two_rounds(by_number, present, owned=everybody)
+    for result in (theirs, both, narrowed):
+        jax.tree.map(np.testing.assert_array_equal, ours, result)
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    # Decoders that nobody owns come back as they were sent, the encoder too.
+    returned = decoders_of(2)
+    np.testing.assert_allclose(
+        ours["decoders"]["edge"]["out"]["kernel"][1],
+        returned["decoders"]["edge"]["out"]["kernel"][1],
+    )
+    np.testing.assert_allclose(ours["encoder"]["kernel"], returned["encoder"]["kernel"])
+    all_own, _ = two_rounds(by_round, present)
+    assert not np.allclose(
+        all_own["decoders"]["edge"]["out"]["kernel"][0],
+        ours["decoders"]["edge"]["out"]["kernel"][0],
+    )
+
+
+def test_only_cuts_what_has_the_form_of_the_parameters():
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra, params=params)
+        return updates, state
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tree = decoders_of(0)
+    rule = server.only(trees.under("encoder"), spy)
+    rule.update(
+        tree,
+        rule.init(tree),
+        tree,
+        population_params=tree,
+        owned=owned_rows(tree),
+        present=jnp.ones(4, bool),
+    )
+    for name in ("params", "population_params", "owned"):
+        assert {path[0] for path in trees.leaves_by_path(seen[name])} == {"encoder"}
+    assert seen["present"].shape == (4,)
+    rule.update(tree, rule.init(tree), tree)
+    assert seen["owned"] is None and seen["population_params"] is None
 
 
 # --- Bad input.

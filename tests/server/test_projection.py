@@ -54,7 +54,10 @@ def test_pcgrad_golden(index):
 
 @pytest.mark.parametrize("index", range(len(AGGREGATION["pcgrad"]["cases"])))
 def test_pcgrad_golden_through_the_transformation(index):
-    """The cases whose forced order is the index order, with the released normalisation as an argument."""
+    """The transformation reproduces the golden cases whose forced order is the index order.
+
+    The released normalisation is an argument.
+    """
     case = AGGREGATION["pcgrad"]["cases"][index]
     count = len(case["inputs"]["deltas"])
     if case["inputs"]["orders"] != [[j for j in range(count) if j != i] for i in range(count)]:
@@ -84,7 +87,7 @@ def test_gram_space_equals_the_sequential_form(updates, seed):
 @SETTINGS
 @given(UPDATES, st.permutations(range(4)), st.sampled_from(["index", "random"]))
 def test_projection_is_equivariant(updates, order, visiting):
-    """Clients in another order of slots give the same rows, because partners are visited by client number."""
+    """Another order of slots gives the same rows, as partners are visited by client number."""
     order, key = np.array(order), jax.random.key(0)
     with jax.enable_x64(True):
         project = server.project_conflicts(order=visiting)
@@ -215,7 +218,10 @@ def test_attention_only_reweights_projected_updates():
 
 
 def test_gp_aggregation_of_groups_and_absent_clients():
-    """Two clients of one task count as their weighted mean; an absent client as nobody, also in the attention's factor."""
+    """Two clients of one task count as their weighted mean.
+
+    An absent client counts as nobody, also in the attention's factor.
+    """
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         updates = jnp.asarray(rng.normal(size=(4, 6)))

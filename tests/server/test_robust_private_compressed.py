@@ -61,7 +61,10 @@ def test_private_average():
 
 @pytest.mark.parametrize("compressor", [server.top_entries(0.3), server.stochastic_levels(2)])
 def test_error_feedback_owes_nothing_in_the_long_run(compressor):
-    """What was sent plus what is owed is what was to be sent, for every client, also one that stayed away."""
+    """What was sent plus what is owed is what was to be sent, for every client.
+
+    This also holds for a client that stayed away for some rounds.
+    """
     transformation = server.compress_clients(compressor, 3)
     updates = {"w": jax.random.normal(KEY, (3, 10))}
     state = transformation.init(jax.tree.map(lambda x: x[0], updates))

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedjax_mtl import server
 from fedjax_mtl.core import trees
-from fedjax_mtl.server.weighting import gradnorm_weights
+from fedjax_mtl.server.weighting import gradnorm_weights, training_rates
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "fedgradnorm.json").read_text())
 SETTINGS = settings(deadline=None, max_examples=30)
@@ -125,7 +125,7 @@ def test_absent_and_diverged_clients_are_frozen():
     losses = jnp.array([1.0, 2.0, 3.0, 4.0])
     present = jnp.array([True, True, False, True])
     scaled, state = run(updates.at[2].set(jnp.nan), losses, present)
-    assert state.weights[2] == 1 and state.initial_losses[2] == 0
+    assert state.weights[2] == 1 and state.initial_losses[2] == 0 and not state.seen[2]
     np.testing.assert_allclose(jnp.sum(state.weights), 4, rtol=1e-6)
     diverged, same = run(updates, losses.at[2].set(jnp.nan), None)
     np.testing.assert_allclose(same.weights, state.weights, rtol=1e-6)
@@ -139,6 +139,75 @@ def test_zero_losses_and_gradients_stay_finite():
     np.testing.assert_allclose(state.weights, 1)
     scaled, state = run(jnp.ones((4, 2)), jnp.array([0.0, 1, 1, 1]), None)
     assert np.isfinite(state.weights).all() and np.isfinite(scaled).all()
+
+
+def test_rates():
+    """With positive first losses rates are those of the papers.
+
+    With negative first losses they go the other way round, and they are continuous.
+    """
+    positive = training_rates(jnp.array([1.0, 4.0, 0.0, -3.0]), jnp.full(4, 2.0))
+    np.testing.assert_allclose(positive, [0.5, 2.0, 0.0, 0.0])
+    negative = training_rates(jnp.array([-4.0, -2.0, -1.0, 0.0, 2.0]), jnp.full(5, -2.0))
+    np.testing.assert_allclose(negative, [0.5, 1.0, 1.5, 2.0, 3.0])
+    np.testing.assert_allclose(training_rates(jnp.array([0.0, 1.0, -1.0]), jnp.zeros(3)), 0)
+    slope = jax.vmap(jax.grad(lambda x: training_rates(x, jnp.float32(-2.0))))
+    np.testing.assert_allclose(slope(jnp.array([-2.001, -1.999])), 0.5, rtol=2e-3)
+
+
+@SETTINGS
+@given(
+    hnp.arrays(np.float32, 5, elements=st.floats(-100, 100, width=32)),
+    hnp.arrays(np.float32, 5, elements=st.floats(-100, 100, width=32)),
+)
+def test_rates_are_never_negative_and_grow_with_the_loss(losses, more):
+    first = jnp.asarray(more)
+    low, high = jnp.minimum(losses, -losses), jnp.maximum(losses, -losses)
+    for values in (low, high):
+        assert (training_rates(values, first) >= 0).all()
+    assert (training_rates(low, first) <= training_rates(high, first) * (1 + 1e-5)).all()
+
+
+def rounds_of(losses, **settings_):
+    """The state after rounds of equal updates, where each row has the losses of a round."""
+    transformation = server.normalize_gradients(
+        2, learning_rate=0.05, exponent=1.0, renormalise=False, **settings_
+    )
+    updates = jnp.ones((2, 3))
+    state = transformation.init(updates[0])
+    for row in losses:
+        _, state = transformation.update(
+            updates, state, losses=jnp.asarray(row), client_ids=jnp.arange(2)
+        )
+    return state
+
+
+def test_a_negative_first_loss_is_a_first_loss():
+    """Losses of densities can be negative.
+
+    A client that learns fast loses weight to one that lags, as with positive losses.
+    """
+    state = rounds_of([[-1.0, -1.0], [-4.0, -1.25], [-8.0, -1.5]])
+    np.testing.assert_array_equal(state.initial_losses, [-1, -1])
+    assert state.weights[0] < 1 < state.weights[1]
+    mirrored = rounds_of([[8.0, 8.0], [2.0, 6.4], [1.0, 8 / 1.5]])
+    np.testing.assert_allclose(state.weights, mirrored.weights, rtol=1e-5)
+    # From a positive loss to a negative one: as far as one can come.
+    crossed = rounds_of([[1.0, 1.0], [-1.0, 0.5], [-2.0, 0.5]])
+    np.testing.assert_array_equal(crossed.initial_losses, [1, 1])
+    assert crossed.weights[0] < 1 < crossed.weights[1]
+
+
+def test_a_negative_first_loss_can_be_given():
+    state = rounds_of([[-4.0, -4.0]], initial_losses=jnp.array([-1.0, -3.0]))
+    np.testing.assert_array_equal(state.initial_losses, [-1, -3])
+    assert state.weights[0] < 1 < state.weights[1]
+
+
+def test_a_first_loss_of_zero_is_no_measure():
+    state = rounds_of([[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    np.testing.assert_array_equal(state.initial_losses, [2, 1])
+    np.testing.assert_array_equal(state.seen, [True, True])
 
 
 def test_weights_applied_by_clients_are_not_applied_again():
