@@ -120,6 +120,7 @@ def make_algorithms(
         "fedadam": algorithms.fedadam(**training, server_learning_rate=0.05),
         "fedavg": algorithms.fedavg(**training),
         "fedavg_tuned": algorithms.fedavg_tuned(**training),
+        "feddea": algorithms.feddea(**training),
         "fedem": algorithms.fedem(**training, num_components=2),
         "fedem_released": algorithms.fedem(**training, num_components=2, fidelity="released"),
         "fedprox": algorithms.fedprox(**training, proximal_strength=0.5),

@@ -21,17 +21,15 @@ from fedjax_mtl.core.checks import InputError, check_choice
 from fedjax_mtl.models.cut import CutModel, init_parts
 from fedjax_mtl.rounds.groups import Counts, Server, Tasks, check_group_sizes, client_offsets
 from fedjax_mtl.rounds.lock_step import (
-    SCHEDULES,
     Clients,
     Cohorts,
-    LockStepRound,
-    RoundOutcome,
     SplitClientState,
     SplitGroup,
     SplitTraining,
     TrunkServer,
     slot_offsets,
 )
+from fedjax_mtl.rounds.lock_step_schedules import SCHEDULES, LockStepRound, RoundOutcome
 from fedjax_mtl.server import gp_aggregation
 
 PyTree = Any
@@ -60,7 +58,7 @@ class FedBone(NamedTuple):
 
     Attributes:
         parts: the steps of clients and server.
-        schedule: a name in :data:`fedjax_mtl.rounds.lock_step.SCHEDULES`.
+        schedule: a name in :data:`fedjax_mtl.rounds.lock_step_schedules.SCHEDULES`.
         embedding_sync: one of :data:`SYNCHRONISATIONS`.
         example: the shapes of a batch of inputs.
         grouped: whether clients come in groups; one group that comes alone is called ``""``.

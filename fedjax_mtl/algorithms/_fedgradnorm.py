@@ -1,10 +1,9 @@
-"""FedGradNorm and HOTA-FedGradNorm: gradient normalisation between tasks that clients have.
+"""FedGradNorm: gradient normalisation between the tasks that clients have.
 
-FedGradNorm: Mortaheb, Vahapoglu, Ulukus, arXiv 2203.13663; HOTA-FedGradNorm: the same, arXiv
-2212.07414. Every client owns one task: a shared body, a personal head. A round is FedRep's, first
-the head, then the body with the head frozen; the server weighs the clients' mean gradients by
-GradNorm. Goal, split, dynamic weights and baseline are the papers'; the order of lines and all
-values are reconstructed, and every unsettled reading is an argument.
+Mortaheb, Vahapoglu, Ulukus, arXiv 2203.13663. Every client owns one task: a shared body, a personal
+head. A round is FedRep's, first the head, then the body with the head frozen; the server weighs the
+clients' mean gradients by GradNorm. Goal, split, dynamic weights and baseline are the paper's; the
+order of lines and all values are reconstructed, and every unsettled reading is an argument.
 """
 
 import functools
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fedjax_mtl.algorithms._partial import DECODERS
@@ -39,10 +37,8 @@ from fedjax_mtl.rounds.groups import (
     population_size,
 )
 from fedjax_mtl.server import average_clients, normalize_gradients
-from fedjax_mtl.server.wireless import over_the_air_gradnorm
 
 PyTree = Any
-
 LOSS_POINTS = {"shared": "first", "before_head": "start", "full": "full"}
 NORMS = {"update": "update", "first_step": "first_step_norm", "mean_step": "mean_step_norm"}
 SERVER_STEP = optax.adam(0.01)
@@ -108,7 +104,7 @@ def mean_gradients(learning_rate: float | jax.Array) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _check_plan(plan: BatchPlan) -> None:
+def check_plan(plan: BatchPlan) -> None:
     if plan.num_steps is None or (isinstance(plan.num_steps, int) and plan.num_steps < 1):
         raise InputError(
             "fedgradnorm needs a plan of local steps (batching.steps, at least 1), whose mean "
@@ -239,7 +235,7 @@ def fedgradnorm(
         InputError: an unknown choice, or a plan that does not count steps.
     """
     check_choice("norms", norms, NORMS)
-    _check_plan(plan)
+    check_plan(plan)
 
     make_client = functools.partial(
         alternating_client,
@@ -271,109 +267,3 @@ def fedgradnorm(
     if not local_weighting:
         return algorithm
     return algorithm._replace(round=functools.partial(_round_that_tells_weights, algorithm))
-
-
-def hota_fedgradnorm(
-    model: Model,
-    task: Task,
-    *,
-    num_clients: int,
-    num_clusters: int,
-    plan: BatchPlan,
-    learning_rate: float | jax.Array,
-    head: trees.PathPredicate = DECODERS,
-    head_plan: BatchPlan | None = None,
-    head_learning_rate: float | jax.Array = 0.02,
-    server_optimizer: Server | None = None,
-    weight_learning_rate: float | jax.Array = 0.02,
-    exponent: float | jax.Array = 0.6,
-    measured: trees.PathPredicate = trees.everything,
-    minimum: float = 1e-3,
-    dynamic: bool = True,
-    threshold: float = 0.032,
-    fading: float | Sequence[float] | jax.Array = 1.0,
-    noise: float | jax.Array = 1e-3,
-    transmit_scale: float = 1.0,
-    power: float | None = None,
-    execution: Execution | None = None,
-) -> Algorithm:
-    """HOTA-FedGradNorm: clusters that transmit at once over a fading channel.
-
-    With ``dynamic=False`` it is the twin with equal weights. Client ``l * cluster_size + i`` does
-    task i in cluster l, for clusters of ``num_clients / num_clusters`` clients each. It needs
-    everybody in every round.
-
-    Args:
-        model: as for :func:`fedavg`, of one group of clients.
-        task: as for :func:`fedavg`, of one group of clients.
-        num_clients: clients in the population.
-        num_clusters: clusters of clients, all of one size.
-        plan: as for :func:`fedgradnorm`.
-        learning_rate: as for :func:`fedgradnorm`.
-        head: as for :func:`fedgradnorm`.
-        head_plan: as for :func:`fedgradnorm`.
-        head_learning_rate: as for :func:`fedgradnorm`.
-        server_optimizer: on what the server received; default Adam at 0.01.
-        weight_learning_rate: as for :func:`fedgradnorm`.
-        exponent: as for :func:`fedgradnorm`.
-        measured: as for :func:`fedgradnorm`.
-        minimum: as for :func:`fedgradnorm`.
-        dynamic: as for :func:`fedgradnorm`.
-        threshold: of the channel's power gain, see :func:`fedjax_mtl.server.over_the_air_gradnorm`.
-        fading: spread of each cluster's channel, one number or ``[num_clusters]``.
-        noise: standard deviation at the receiver.
-        transmit_scale: power scaling that all clusters have in common.
-        power: instead of ``transmit_scale``, the power that no cluster may exceed; the largest
-            scale that keeps to it is chosen each round.
-        execution: as for :func:`fedavg`.
-
-    Raises:
-        InputError: clusters that do not divide the clients, fading of another length, or a plan
-            that does not count steps.
-    """
-    _check_plan(plan)
-    _check_clusters(num_clients, num_clusters, fading)
-    make_client = functools.partial(
-        alternating_client,
-        head=head,
-        head_plan=head_plan or plan,
-        plan=plan,
-        head_optimizer=optax.sgd(head_learning_rate),
-        optimizer=optax.sgd(learning_rate),
-        measured=measured,
-    )
-    air = over_the_air_gradnorm(
-        num_clusters,
-        num_clients // num_clusters,
-        learning_rate=weight_learning_rate if dynamic else 0.0,
-        exponent=exponent,
-        measured=measured,
-        threshold=threshold,
-        fading=jnp.asarray(fading, jnp.float32),
-        noise=noise,
-        transmit_scale=transmit_scale,
-        power=power,
-        minimum=minimum,
-    )
-    return federated(
-        each_group(model, task, num_clients, make_client),
-        optax.chain(mean_gradients(learning_rate), air, server_optimizer or SERVER_STEP),
-        weighting="uniform",
-        execution=execution,
-        full_participation=True,
-    )
-
-
-def _check_clusters(
-    num_clients: int, num_clusters: int, fading: float | Sequence[float] | jax.Array
-) -> None:
-    if num_clusters < 1 or num_clients % num_clusters:
-        raise InputError(
-            f"{num_clusters} clusters do not divide {num_clients} clients; make all of one size"
-        )
-    shape = np.shape(fading)
-    if shape != () and shape not in ((1,), (num_clusters,)):
-        raise InputError(
-            f"fading has shape {shape} for {num_clusters} clusters; give one number, "
-            "or one a cluster"
-        )

@@ -9,7 +9,8 @@ is frozen and held once.
 import jax
 
 from fedjax_mtl.algorithms._fedavg import fedavg
-from fedjax_mtl.algorithms._related import fedu, mixed_clients
+from fedjax_mtl.algorithms._fedu import fedu
+from fedjax_mtl.algorithms._related import mixed_clients
 from fedjax_mtl.clients.training import Solver
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.algorithm import Algorithm

@@ -136,6 +136,35 @@ def test_a_newcomer_tunes_the_mean_adapters():
     assert outputs.shape == (6, 3, 12, 12) and np.isfinite(outputs).all()
 
 
+@pytest.mark.parametrize("name", ["mira", "local", "fedit"])
+def test_a_client_that_diverges_counts_as_absent(name):
+    """Its labels make its loss infinite."""
+
+    def loss(outputs, labels):
+        broken = jnp.any(labels < 0, axis=-1)
+        return TASK.loss(outputs, jnp.maximum(labels, 0)) * jnp.where(broken, jnp.inf, 1)
+
+    task = TASK._replace(loss=loss)
+    algorithm = {
+        "mira": lambda: mira(MODEL, task, graph=GROUPS, strength=0.1, **SETTINGS),
+        "local": lambda: algorithms.local_adapters(MODEL, task, **SETTINGS),
+        "fedit": lambda: algorithms.fedit(MODEL, task, **SETTINGS),
+    }[name]()
+    train = CHAINS.splits.train
+    labels = jnp.asarray(train.examples["labels"])
+    rows = train.indices[2, : int(train.sizes[2])]
+    broken = train._replace(examples={**train.examples, "labels": labels.at[rows].set(-1)})
+    one_round, state = jax.jit(algorithm.round), algorithm.init(jax.random.key(0))
+    everybody = jnp.arange(6)
+    ours, info = one_round(state, sampling.make_cohort(broken, everybody), jax.random.key(1))
+    theirs, expected = one_round(
+        state, sampling.make_cohort(train, everybody, everybody != 2), jax.random.key(1)
+    )
+    assert info["diverged"] == 1 and info["participants"] == 5
+    np.testing.assert_allclose(info["loss"], expected["loss"], rtol=1e-5)
+    assert_trees_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_groups_with_tasks_of_their_own():
     """Adapters of one base on two groups, the second of which weighs its loss by half."""
     half = TASK._replace(loss=lambda outputs, labels: TASK.loss(outputs, labels) / 2)

@@ -15,14 +15,15 @@ from mocha_problems import every_fourth_is_test, federate, reference_data, relat
 
 from experiments.benchmarks.mocha_numpy import Twin
 from fedjax_mtl import make_execution, simulate
-from fedjax_mtl.algorithms._mocha import mocha, with_later_task
-from fedjax_mtl.algorithms._mocha_baselines import (
+from fedjax_mtl.algorithms import (
     cocoa,
     global_model,
     local_models,
     minibatch_sdca,
     minibatch_sgd,
+    mocha,
 )
+from fedjax_mtl.algorithms._mocha import with_later_task
 from fedjax_mtl.core import sampling
 from fedjax_mtl.relations import covariance
 from fedjax_mtl.rounds.dual import check_tasks, objective

@@ -14,13 +14,13 @@ from mocha_problems import every_fourth_is_test, reference_data
 from sklearn.metrics import roc_auc_score
 
 from fedjax_mtl import Federation, costs, simulate
-from fedjax_mtl.algorithms._mocha import mocha
-from fedjax_mtl.algorithms._mocha_baselines import (
+from fedjax_mtl.algorithms import (
     cocoa,
     global_model,
     local_models,
     minibatch_sdca,
     minibatch_sgd,
+    mocha,
 )
 from fedjax_mtl.core import sampling
 from fedjax_mtl.data.task_tables import TaskTable, related_tasks, split_tasks

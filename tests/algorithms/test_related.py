@@ -34,7 +34,7 @@ from fedjax_mtl import (
     simulate,
     tasks,
 )
-from fedjax_mtl.algorithms._anchored import fedmtl_exponent, fedmtl_pull
+from fedjax_mtl.algorithms._fedmtl import fedmtl_exponent, fedmtl_pull
 from fedjax_mtl.clients.training import proximal, quadratic_pull
 from fedjax_mtl.core import batching, sampling, trees
 from fedjax_mtl.relations import gossip, graphs

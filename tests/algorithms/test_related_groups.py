@@ -22,7 +22,7 @@ from helpers import (
 )
 
 from fedjax_mtl import Solver, algorithms, sampling, trees
-from fedjax_mtl.algorithms._anchored import fedmtl_pull
+from fedjax_mtl.algorithms._fedmtl import fedmtl_pull
 from fedjax_mtl.clients.updates import ClientResult
 from fedjax_mtl.core import batching
 from fedjax_mtl.relations import graphs

@@ -109,3 +109,15 @@ def test_budgets_are_shares_of_the_data():
         limit = np.full_like(sizes, sizes.min()) if of_smallest else sizes
         assert (budgets <= limit).all() and (budgets >= np.floor(0.5 * limit)).all()
         assert len(np.unique(budgets[:, 1])) > 1 or of_smallest
+
+
+def test_partial_work_is_a_share_of_what_is_planned():
+    sampler = sampling.partial_work(sampling.uniform(3), 0.2, 0.6)
+    work = np.asarray(draws(sampler).work)
+    assert work.shape == (2000, 3) and work.min() >= 0.2 and work.max() <= 0.6
+    np.testing.assert_allclose(work.mean(0), 0.4, atol=0.01)
+    whole = sampling.uniform(3)(KEY, 0, FEDERATION)
+    np.testing.assert_array_equal(whole.work, 1.0)
+    for low, high in ((-0.1, 1.0), (0.5, 0.2), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="give 0 <= low <= high <= 1"):
+            sampling.partial_work(sampling.full_participation(), low, high)
