@@ -16,30 +16,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import assembly
-from experiments.outputs import answers, comparisons, plots, telemetry, workdir
+from experiments.outputs import answers, metric_rows, plots, telemetry, workdir
 from experiments.outputs.progress import Progress
 from experiments.outputs.stages import StageCheckpoints, as_stages, begin, ends, stage_name
 from experiments.plan import PRECISIONS, Plan, make_plan
 from fedjax_mtl import (
     Algorithm,
-    Block,
     Execution,
     Stage,
     evaluate_clients,
     models,
     simulate_blocks,
-    summarise_clients,
-    tasks,
 )
 from fedjax_mtl.core import sampling
 from fedjax_mtl.core.algorithm import ByGroup
-from fedjax_mtl.data.problem import Generation, Problem
-from fedjax_mtl.rounds.infos import describe_info
+from fedjax_mtl.data.problem import Problem
 from fedjax_mtl.simulation import stage_of
 
 PyTree = Any
@@ -76,152 +71,6 @@ def make_evaluation(problem: Problem, execution: Execution, batch_size: int) -> 
         }
 
     return evaluate
-
-
-class Judged(NamedTuple):
-    """What an entry of an evaluation is about: a split of clients, their task, their test sizes."""
-
-    split: str
-    task: workdir.JudgedTask
-    sizes: np.ndarray
-
-
-def judged(problem: Problem) -> dict[str, Judged]:
-    """The entries that :func:`make_evaluation` returns."""
-    of_group = {task.group: task for task in _group_tasks(problem)}
-    entries = {}
-    for name, group in problem.groups.items():
-        task = of_group[name if problem.grouped else None]
-        tests = {"train_clients": group.splits.test, "unseen_clients": group.splits.unseen_test}
-        for split, test in tests.items():
-            if test is not None:
-                entry = f"{split}/{name}" if problem.grouped else split
-                entries[entry] = Judged(split, task, np.asarray(test.sizes))
-    return entries
-
-
-def _group_tasks(problem: Problem) -> list[workdir.JudgedTask]:
-    return [
-        workdir.JudgedTask(
-            own.task.name, tasks.describe(own.task), name if problem.grouped else None
-        )
-        for name, own in problem.groups.items()
-    ]
-
-
-def judged_tasks(problem: Problem) -> list[workdir.JudgedTask]:
-    """All that a run's rows about clients can be on, for its ``tasks.json``."""
-    own = _group_tasks(problem)
-    return own if problem.generation is None else [*own, answers.TASK]
-
-
-def rows_of(
-    block: Block,
-    seeds: tuple[int, ...],
-    about: dict[str, Judged],
-    per_client: bool,
-    stage: str | None = None,
-) -> list[dict[str, Any]]:
-    """The metrics of a block as rows, in an order that is always the same.
-
-    Of a round's info only scalars are logged, as means over the rounds of the block; rounds that
-    nobody attended enter none.
-
-    Args:
-        block: what the simulation yielded.
-        seeds: of the block's leading axis.
-        about: what the entries of its evaluation are about, see :func:`judged`.
-        per_client: whether every client gets a row of its own too.
-        stage: the name of the block's stage; None in a run that has one.
-    """
-    evaluation, history = jax.device_get((block.evaluation, block.metrics))
-    rows = []
-    for index, seed in enumerate(seeds):
-        head: dict[str, Any] = {"round": block.round, "seed": seed}
-        head |= {} if stage is None else {"stage": stage}
-        scalars = {name: values[index] for name, values in history.items() if values.ndim == 2}
-        if scalars:
-            means = {name: _mean_of_rounds(values) for name, values in sorted(scalars.items())}
-            rows.append({**head, "split": "server", **means})
-        for entry in sorted(evaluation):
-            of = about[entry]
-            own = {name: values[index] for name, values in sorted(evaluation[entry].items())}
-            summary = summarise_clients(own, of.sizes, of.task.metrics)
-            named = {"split": of.split, "task": of.task.name}
-            named |= {} if of.task.group is None else {"group": of.task.group}
-            rows.append({**head, **named, **{k: float(v) for k, v in summary.items()}})
-            if per_client:
-                rows += [
-                    {**head, **named, "client": c, **{k: float(v[c]) for k, v in own.items()}}
-                    for c in range(len(of.sizes))
-                ]
-    return rows
-
-
-def _mean_of_rounds(values: np.ndarray) -> float:
-    """The mean over those rounds of a block that have a value; NaN where none has."""
-    there = values[~np.isnan(values)]
-    return float(np.mean(there)) if len(there) else float("nan")
-
-
-def answer_rows(
-    round_index: int, asked: Generation, scores: dict[int, np.ndarray]
-) -> list[dict[str, Any]]:
-    """ROUGE-L of the clients' answers as rows, by seed: over clients, and client by client."""
-    sizes = np.asarray(asked.federation.sizes)
-    rows = []
-    for seed, values in scores.items():
-        head = {"round": round_index, "seed": seed, "split": "train_clients"}
-        head["task"] = answers.TASK.name
-        summary = summarise_clients({"rouge_l": values}, sizes, answers.TASK.metrics)
-        rows.append({**head, **{name: float(value) for name, value in summary.items()}})
-        rows += [{**head, "client": c, "rouge_l": float(value)} for c, value in enumerate(values)]
-    return rows
-
-
-def summarise(
-    rows: list[dict[str, Any]], seeds: tuple[int, ...], descriptions: dict[str, tasks.Description]
-) -> dict[str, Any]:
-    """Per split and metric: the final value of every seed, final and best mean and std over seeds.
-
-    Best is the best mean over rounds. A number of which nobody says whether more or less of it is
-    better has none.
-
-    Args:
-        rows: of the whole run.
-        seeds: in the order of the values.
-        descriptions: how the values about clients are to be read; see ``workdir.describe_metrics``.
-    """
-    table: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
-    for row in rows:
-        if "client" in row:
-            continue
-        for name, value in row.items():
-            if name in ("round", "seed", "stage", "split", "task", "group"):
-                continue
-            full = workdir.full_name(name, row.get("group"))
-            by_round = table.setdefault(row["split"], {}).setdefault(full, {})
-            by_round.setdefault(row["round"], {})[row["seed"]] = value
-    summary: dict[str, Any] = {}
-    for split, metrics in table.items():
-        for name, by_round in metrics.items():
-            rounds = sorted(by_round)
-            values = np.array([[by_round[r][s] for s in seeds] for r in rounds])
-            means = values.mean(axis=1)
-            entry = {
-                "final": values[-1].tolist(),
-                "final_mean": float(means[-1]),
-                "final_std": float(values[-1].std()),
-            }
-            described = describe_info(name) if split == "server" else descriptions.get(name)
-            if described is not None and not np.isnan(means).all():
-                better = np.nanargmax if described.higher_is_better else np.nanargmin
-                best = int(better(means))
-                entry["best_mean"] = float(means[best])
-                entry["best_std"] = float(values[best].std())
-                entry["best_round"] = rounds[best]
-            summary.setdefault(split, {})[name] = entry
-    return summary
 
 
 class Prepared(NamedTuple):
@@ -332,8 +181,8 @@ def _run(prepared: Prepared, made: Made, directory: pathlib.Path) -> dict[str, A
     plan, problem, stages, execution, sampler = prepared
     course, seeds = plan.course, plan.course.seeds
     workdir.claim(directory, plan.settings)
-    workdir.write_tasks(directory, judged_tasks(problem))
-    descriptions = workdir.describe_metrics(judged_tasks(problem))
+    workdir.write_tasks(directory, metric_rows.judged_tasks(problem))
+    descriptions = workdir.describe_metrics(metric_rows.judged_tasks(problem))
 
     # --- Resume.
     started = time.perf_counter()
@@ -367,16 +216,16 @@ def _run(prepared: Prepared, made: Made, directory: pathlib.Path) -> dict[str, A
         previous=previous,
     )
     algorithm, shapes = begin(stages[stage_of(stages, done or 0)[0]], previous, len(seeds))
-    about = judged(problem)
+    about = metric_rows.judged(problem)
     checkpoint_every = course.checkpoint_every or course.eval_every
     with Progress(plan.name, course.num_rounds, done or 0) as progress:
         for block in blocks:
             last = block.round == course.num_rounds
             of_stage = stage_name(stages, block.stage) if len(stages) > 1 else None
-            rows = rows_of(block, seeds, about, last, of_stage)
+            rows = metric_rows.rows_of(block, seeds, about, last, of_stage)
             if last and problem.generation is not None:
                 scores = answers.score(plan, problem, block.state, seeds, directory)
-                rows += answer_rows(block.round, problem.generation, scores)
+                rows += metric_rows.answer_rows(block.round, problem.generation, scores)
             workdir.check_finite(rows)
             metrics.write(rows)
             events.write(rows)
@@ -384,7 +233,7 @@ def _run(prepared: Prepared, made: Made, directory: pathlib.Path) -> dict[str, A
                 checkpoints.save(block.round, block.state, elapsed())
             algorithm = block.algorithm or algorithm
             shapes = jax.eval_shape(lambda x: x, block.state)
-            progress.show(block.round, shown(rows, descriptions))
+            progress.show(block.round, metric_rows.shown(rows, descriptions))
 
     # --- Summary.
     checkpoints.close()
@@ -400,7 +249,7 @@ def _run(prepared: Prepared, made: Made, directory: pathlib.Path) -> dict[str, A
         "num_rounds": course.num_rounds,
         "seeds": list(seeds),
         **_describe_stages(stages),
-        "metrics": summarise(rows, seeds, descriptions),
+        "metrics": metric_rows.summarise(rows, seeds, descriptions),
         **times,
         "rounds_per_second": course.num_rounds / steady,  # of all seeds at once
         "bytes_up_per_round": up * clients,
@@ -422,32 +271,6 @@ def _describe_stages(stages: list[Stage]) -> dict[str, Any]:
         for index, stage in enumerate(stages)
     ]
     return {"stages": named}
-
-
-def shown(
-    rows: list[dict[str, Any]], descriptions: dict[str, tasks.Description]
-) -> dict[str, float]:
-    """What the progress bar shows, means over seeds and groups.
-
-    That is each primary metric of the training clients and their loss. Of clients with one task
-    and without groups it is also the metric's bottom decile, and its value for held-out clients.
-    """
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if "client" in row or row["split"] == "server":
-            continue
-        primary = comparisons.primary_metrics(row, descriptions)
-        alone = len(primary) == 1 and "group" not in row
-        if row["split"] == "unseen_clients":
-            wanted = {"unseen": primary[0]} if alone else {}
-        else:
-            wanted = {name: name for name in primary}
-            wanted |= {"decile": f"{primary[0]}_bottom_decile"} if alone else {}
-            wanted["loss"] = "loss"
-        for label, name in wanted.items():
-            if name in row:
-                values.setdefault(label, []).append(row[name])
-    return {label: float(np.mean(each)) for label, each in values.items()}
 
 
 _CONFIG = config_flags.DEFINE_config_file(

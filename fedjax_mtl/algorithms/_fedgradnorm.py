@@ -105,6 +105,7 @@ def mean_gradients(learning_rate: float | jax.Array) -> optax.GradientTransforma
 
 
 def check_plan(plan: BatchPlan) -> None:
+    """Raises InputError unless the plan counts local steps, and at least one."""
     if plan.num_steps is None or (isinstance(plan.num_steps, int) and plan.num_steps < 1):
         raise InputError(
             "fedgradnorm needs a plan of local steps (batching.steps, at least 1), whose mean "

@@ -26,6 +26,7 @@ from fedjax_mtl.algorithms._fedmtl import fedmtl_pull
 from fedjax_mtl.clients.updates import ClientResult
 from fedjax_mtl.core import batching
 from fedjax_mtl.relations import graphs
+from fedjax_mtl.rounds.serving import serve_results
 
 KEY = jax.random.key(1)
 # Whole local sets and no shuffles: keys do not matter.
@@ -120,7 +121,7 @@ def served(algorithm, seed=0):
         )
         for name, count in GROUP_COUNTS.items()
     }
-    after, _ = algorithm.parts.serve(state._replace(params=start), results, COHORTS, KEY)
+    after, _ = serve_results(algorithm.parts, state._replace(params=start), results, COHORTS, KEY)
     return jax.tree.map(np.asarray, (start, updates, after.params))
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import report, run
-from experiments.outputs import comparisons, plots, workdir
+from experiments import report
+from experiments.outputs import comparisons, metric_rows, plots, workdir
 from fedjax_mtl import tasks
 from fedjax_mtl.tasks import dense
 
@@ -130,7 +130,7 @@ def falling(split, name):
     ],
 )
 def test_the_best_round_is_the_one_in_the_direction_of_the_value(split, name, best, at):
-    summary = run.summarise(falling(split, name), (0,), described(everybody=CLASSES))
+    summary = metric_rows.summarise(falling(split, name), (0,), described(everybody=CLASSES))
     entry = summary[split][name]
     assert entry["final_mean"] == 1
     assert (entry["best_mean"], entry["best_round"]) == (best, at)
@@ -138,7 +138,7 @@ def test_the_best_round_is_the_one_in_the_direction_of_the_value(split, name, be
 
 @pytest.mark.parametrize("split", ["server", "train_clients"])
 def test_what_has_no_direction_has_no_best(split):
-    summary = run.summarise(falling(split, "num_steps"), (0,), described(everybody=CLASSES))
+    summary = metric_rows.summarise(falling(split, "num_steps"), (0,), described(everybody=CLASSES))
     assert set(summary[split]["num_steps"]) == {"final", "final_mean", "final_std"}
 
 
@@ -148,7 +148,7 @@ def test_the_best_of_a_group_is_its_own():
     ]
     wrong = dict(described(a=CLASSES))
     wrong["b/accuracy"] = tasks.Description(higher_is_better=False)
-    best = run.summarise(rows, (0,), wrong)["train_clients"]
+    best = metric_rows.summarise(rows, (0,), wrong)["train_clients"]
     assert best["a/accuracy"]["best_mean"] == 9 and best["b/accuracy"]["best_mean"] == 1
 
 
