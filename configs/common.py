@@ -5,19 +5,20 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.fields import with_fields
+from fedjax_mtl.core.checks import InputError
 
 
 def parse_variant(variant: str | None, **known: Any) -> ConfigDict:
     """``configs/NAME.py:quick`` or ``:quick,num_clients=20`` to a ConfigDict of the known options.
 
     Raises:
-        ValueError: an option that is not known, or a value of another type.
+        InputError: an option that is not known, or a value of another type.
     """
     options = ConfigDict(known)
     for part in filter(None, (variant or "").split(",")):
         name, _, text = part.partition("=")
         if name not in known:
-            raise ValueError(f"unknown variant {name!r}; known: {', '.join(sorted(known))}")
+            raise InputError(f"unknown variant {name!r}; known: {', '.join(sorted(known))}")
         kind = type(known[name])
         if kind is bool:
             options[name] = text.lower() not in ("0", "false", "no")

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
+
 PyTree = Any
 
 
@@ -101,10 +103,10 @@ def sparse_upload_bytes(
         positions: ``bits``, a mask of all parameters, or ``indices`` of 4 bytes each.
 
     Raises:
-        ValueError: unknown positions.
+        InputError: unknown positions.
     """
     if positions not in ("bits", "indices"):
-        raise ValueError(f"unknown positions {positions!r}; expected 'bits' or 'indices'")
+        raise InputError(f"unknown positions {positions!r}; expected 'bits' or 'indices'")
     where = -(-parameters // 8) if positions == "bits" else 4 * kept
     return kept * bytes_per_value + where
 
@@ -137,10 +139,10 @@ def estimated_round_time(
         network: ``wifi``, ``lte`` or ``3g``.
 
     Raises:
-        ValueError: unknown method or network.
+        InputError: unknown method or network.
     """
     if method not in _FLOPS_A_STEP or network not in NETWORKS:
-        raise ValueError(
+        raise InputError(
             f"no estimate for {method!r} over {network!r}; expected one of "
             f"{', '.join(_FLOPS_A_STEP)} over {', '.join(NETWORKS)}"
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 
 PyTree = Any
 ClientFunction = Callable[..., tuple[PyTree, PyTree]]
@@ -53,19 +54,19 @@ def make_execution(mode: str, chunk: int | None = None, num_devices: int = 1) ->
         num_devices: above 1, the client axis is sharded over so many devices.
 
     Raises:
-        ValueError: unknown mode, a chunk that is missing, not positive, or given to another mode,
+        InputError: unknown mode, a chunk that is missing, not positive, or given to another mode,
             or more devices than there are.
     """
     if mode not in MODES:
-        raise ValueError(f"unknown execution mode {mode!r}; expected one of {', '.join(MODES)}")
+        raise InputError(f"unknown execution mode {mode!r}; expected one of {', '.join(MODES)}")
     if mode == "chunk" and (chunk is None or chunk < 1):
-        raise ValueError(f"execution mode 'chunk' needs a chunk of at least 1 client, got {chunk}")
+        raise InputError(f"execution mode 'chunk' needs a chunk of at least 1 client, got {chunk}")
     if mode != "chunk" and chunk is not None:
-        raise ValueError(f"chunk={chunk} goes with mode 'chunk', not {mode!r}")
+        raise InputError(f"chunk={chunk} goes with mode 'chunk', not {mode!r}")
     if num_devices < 1:
-        raise ValueError(f"num_devices is {num_devices}; give at least 1")
+        raise InputError(f"num_devices is {num_devices}; give at least 1")
     if num_devices > len(jax.devices()):
-        raise ValueError(
+        raise InputError(
             f"{num_devices} devices asked for but there are {len(jax.devices())}; on a CPU set "
             "XLA_FLAGS=--xla_force_host_platform_device_count before starting"
         )

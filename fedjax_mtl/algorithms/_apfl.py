@@ -14,6 +14,7 @@ from fedjax_mtl.clients.training import Gradient, Solver, loss_gradient, mean_ov
 from fedjax_mtl.clients.updates import ClientResult, ClientUpdate
 from fedjax_mtl.core.algorithm import Algorithm
 from fedjax_mtl.core.batching import Batch, for_each_batch
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import ClientView
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import example_losses
@@ -100,15 +101,15 @@ def apfl(
         execution: as for :func:`fedavg`.
 
     Raises:
-        ValueError: ``fidelity="released"``, or alpha outside [0, 1].
+        InputError: ``fidelity="released"``, or alpha outside [0, 1].
     """
     if fidelity != "paper":
-        raise ValueError(
+        raise InputError(
             f"apfl has fidelity 'paper' only, got {fidelity!r}: FedEM's released code raises "
             "NotImplementedError for APFL"
         )
     if not isinstance(alpha, jax.core.Tracer) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it is a share, give 0..1")
+        raise InputError(f"alpha is {alpha}; it is a share, give 0..1")
 
     def make_client(model, task):
         gradient = loss_gradient(example_losses(model, task))

@@ -12,7 +12,7 @@ from fedjax_mtl.clients.updates import ClientResult, ClientUpdate, local_trainer
 from fedjax_mtl.core import batching, trees
 from fedjax_mtl.core.algorithm import Algorithm
 from fedjax_mtl.core.batching import BatchPlan
-from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.checks import InputError, check_fidelity
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import Task, example_losses
 from fedjax_mtl.execution import Execution
@@ -78,13 +78,13 @@ def agnostic(
         execution: as for :func:`fedavg`.
 
     Raises:
-        ValueError: not one share a client, or shares that do not sum to 1.
+        InputError: not one share a client, or shares that do not sum to 1.
     """
     total = sum(num_clients.values()) if isinstance(num_clients, dict) else num_clients
     if not isinstance(mixture, jax.core.Tracer):
         shares = np.asarray(mixture)
         if shares.shape != (total,) or abs(shares.sum() - 1) > 1e-3:
-            raise ValueError(
+            raise InputError(
                 f"mixture has shape {shares.shape} and sum {shares.sum():.4f}; "
                 f"give {total} shares that sum to 1"
             )

@@ -10,7 +10,7 @@ from fedjax_mtl.clients.training import Solver, quadratic_pull
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.algorithm import Algorithm
 from fedjax_mtl.core.batching import BatchPlan
-from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.checks import InputError, check_fidelity
 from fedjax_mtl.execution import Execution
 from fedjax_mtl.rounds.groups import Counts, Models, Server, Tasks, group_shapes
 from fedjax_mtl.server.mixing import attention_mixing, only
@@ -63,7 +63,7 @@ def fedamp(
         execution: as for :func:`fedavg`.
 
     Raises:
-        ValueError: an unknown choice, or a part that no client has.
+        InputError: an unknown choice, or a part that no client has.
     """
     check_fidelity(fidelity)
     attention = attention_mixing(
@@ -92,7 +92,7 @@ def _check_parts(parts: tuple[str, ...], shapes: dict[str, PyTree]) -> None:
     known = sorted(set().union(*map(_top_names, shapes.values())))
     for part in parts:
         if part not in known:
-            raise ValueError(
+            raise InputError(
                 f"no client has a part {part!r}; at the top the parameters are {', '.join(known)}"
             )
 

@@ -233,7 +233,7 @@ def one_round(
 def _checked_cohorts(bone: FedBone, cohort: PyTree) -> Cohorts:
     cohorts = bone.by_group(cohort)
     if set(cohorts) != set(bone.groups):
-        raise ValueError(
+        raise InputError(
             f"the cohorts are of groups {sorted(cohorts)}, the algorithm is for "
             f"{sorted(bone.groups)}; use sampling.by_group"
         )

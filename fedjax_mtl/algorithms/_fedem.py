@@ -21,7 +21,7 @@ import optax
 from fedjax_mtl.clients.training import Losses, Solver, Trained, local_losses, loss_gradient, train
 from fedjax_mtl.clients.updates import ClientResult, ClientUpdate
 from fedjax_mtl.core.algorithm import Algorithm
-from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.checks import InputError, check_fidelity
 from fedjax_mtl.core.federation import ClientView
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import Task, example_losses
@@ -125,13 +125,13 @@ def fedem_client(
             all.
 
     Raises:
-        ValueError: no component, or not one factor a component.
+        InputError: no component, or not one factor a component.
     """
     if num_components < 1:
-        raise ValueError(f"num_components is {num_components}; a mixture needs at least 1")
+        raise InputError(f"num_components is {num_components}; a mixture needs at least 1")
     scales = jnp.ones(num_components) if component_scales is None else jnp.asarray(component_scales)
     if scales.shape != (num_components,):
-        raise ValueError(
+        raise InputError(
             f"component_scales has shape {scales.shape}; give one factor for each of the "
             f"{num_components} components"
         )

@@ -15,7 +15,7 @@ from fedjax_mtl.clients.training import Losses, Schedule, Solver, loss_gradient,
 from fedjax_mtl.clients.updates import ClientResult, ClientUpdate, full_loss
 from fedjax_mtl.core import batching
 from fedjax_mtl.core.algorithm import Algorithm
-from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.checks import InputError, check_fidelity
 from fedjax_mtl.core.federation import ClientView
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import example_losses
@@ -110,14 +110,14 @@ def l2sgd(
         execution: as for :func:`fedavg`.
 
     Raises:
-        ValueError: p outside (0, 1), or a pull above 1, which would overshoot the mean.
+        InputError: p outside (0, 1), or a pull above 1, which would overshoot the mean.
     """
     check_fidelity(fidelity)
     if not isinstance(probability, jax.core.Tracer) and not 0 < probability < 1:
-        raise ValueError(f"probability is {probability}; the coin needs 0 < p < 1")
+        raise InputError(f"probability is {probability}; the coin needs 0 < p < 1")
     pull = learning_rate * (1 - probability) / probability * penalty
     if isinstance(pull, float) and pull > 1:
-        raise ValueError(
+        raise InputError(
             f"the pull to the mean is {pull:.3g} > 1, which overshoots it; lower learning_rate or "
             "penalty, or raise probability"
         )

@@ -9,7 +9,7 @@ from fedjax_mtl.algorithms._minibatch_sgd import PrimalNodes
 from fedjax_mtl.algorithms._mocha import Order, mocha
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.algorithm import Algorithm, Info
-from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.checks import InputError, check_fidelity
 from fedjax_mtl.core.federation import NO_BUDGET, Cohort, Federation
 from fedjax_mtl.execution import Execution
 from fedjax_mtl.relations import covariance
@@ -119,7 +119,7 @@ def global_model(
         dtype: as for :func:`mocha`.
 
     Raises:
-        ValueError: (when traced) a cohort without a slot for every node.
+        InputError: (when traced) a cohort without a slot for every node.
     """
     num_tasks = len(sizes)
     pooled = mocha(
@@ -138,7 +138,7 @@ def global_model(
 
     def one_round(state: PooledState, cohort: Cohort, key: jax.Array) -> tuple[PooledState, Info]:
         if cohort.client_ids.shape[0] != num_tasks:
-            raise ValueError(
+            raise InputError(
                 f"a global model pools the data of all {num_tasks} tasks; use full participation"
             )
         pool, info = pooled.round(state.pool, _as_one_node(cohort, jnp.asarray(sizes)), key)

@@ -21,7 +21,7 @@ from fedjax_mtl.clients.training import (
 from fedjax_mtl.clients.updates import ClientResult, ClientUpdate, anchored_trainer
 from fedjax_mtl.core.algorithm import Algorithm
 from fedjax_mtl.core.batching import Batch, for_each_batch
-from fedjax_mtl.core.checks import check_fidelity
+from fedjax_mtl.core.checks import InputError, check_fidelity
 from fedjax_mtl.core.federation import ClientView
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import Task, example_losses
@@ -99,11 +99,11 @@ def pfedme(
         execution: as for :func:`fedavg`.
 
     Raises:
-        ValueError: an optimiser that is to be kept, with ``fidelity="paper"``.
+        InputError: an optimiser that is to be kept, with ``fidelity="paper"``.
     """
     check_fidelity(fidelity)
     if fidelity == "paper" and solver.keep_optimizer:
-        raise ValueError(
+        raise InputError(
             "pfedme solves a new problem with each batch, for which its optimiser starts afresh; "
             "drop keep_optimizer, or take fidelity='released'"
         )

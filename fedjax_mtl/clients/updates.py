@@ -26,7 +26,7 @@ from fedjax_mtl.clients.training import (
 )
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.batching import Batch, BatchPlan
-from fedjax_mtl.core.checks import check_choice
+from fedjax_mtl.core.checks import InputError, check_choice
 from fedjax_mtl.core.federation import ClientView
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import Task, example_losses
@@ -165,10 +165,10 @@ def local_trainer(
             received model.
 
     Raises:
-        ValueError: an unknown reported loss, or an optimiser that is kept through several phases.
+        InputError: an unknown reported loss, or an optimiser that is kept through several phases.
     """
     if solver.keep_optimizer and phases is not None:
-        raise ValueError("keep_optimizer works with a single phase; drop phases or keep_optimizer")
+        raise InputError("keep_optimizer works with a single phase; drop phases or keep_optimizer")
     check_choice("reported_loss", reported_loss, REPORTED_LOSSES)
     training = LocalTraining(
         model=model,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import ClientView
 
 PyTree = Any
@@ -33,11 +34,11 @@ class BatchPlan(NamedTuple):
 
 def _check(batch_size: int | None, amount: Any, name: str) -> None:
     if batch_size is not None and batch_size < 1:
-        raise ValueError(
+        raise InputError(
             f"batch_size is {batch_size}; give at least 1, or None for the whole local set"
         )
     if isinstance(amount, int) and amount < 0:
-        raise ValueError(f"{name} is {amount}; give 0 or more")
+        raise InputError(f"{name} is {amount}; give 0 or more")
 
 
 def epochs(num: int, batch_size: int | None, *, shuffle: bool = True) -> BatchPlan:

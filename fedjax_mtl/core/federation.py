@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
+
 PyTree = Any
 
 NO_BUDGET = np.iinfo(np.int32).max
@@ -108,7 +110,7 @@ def make_federation(
         capacity: columns of ``indices``; by default the size of the largest client.
 
     Raises:
-        ValueError: no client, a client without examples, rows out of range, leaves of different
+        InputError: no client, a client without examples, rows out of range, leaves of different
             length, a capacity that is too small, or a NaN or an infinity in the examples. The
             message names the client or leaf.
     """
@@ -116,7 +118,7 @@ def make_federation(
     sizes = _check_sizes(rows)
     capacity = int(sizes.max()) if capacity is None else capacity
     if capacity < sizes.max():
-        raise ValueError(
+        raise InputError(
             f"capacity {capacity} is smaller than client {int(np.argmax(sizes))}, "
             f"which owns {int(sizes.max())} examples; raise the capacity"
         )
@@ -125,7 +127,7 @@ def make_federation(
         own = np.asarray(own)
         if own.min() < 0 or own.max() >= num_examples:
             bad = int(own.max() if own.max() >= num_examples else own.min())
-            raise ValueError(
+            raise InputError(
                 f"client {client} owns row {bad}, but examples has rows 0..{num_examples - 1}"
             )
         indices[client, : len(own)] = own
@@ -136,14 +138,14 @@ def _check_examples(examples: PyTree) -> int:
     """Returns the number of examples, after a check that all leaves have it and are finite."""
     leaves = jax.tree_util.tree_leaves_with_path(examples)
     if not leaves:
-        raise ValueError(
+        raise InputError(
             "examples is an empty pytree; give it arrays, e.g. {'inputs': ..., 'labels': ...}"
         )
     num_examples = len(leaves[0][1])
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path)
         if len(leaf) != num_examples:
-            raise ValueError(
+            raise InputError(
                 f"examples{name} has {len(leaf)} rows but the first leaf has {num_examples}; "
                 "all leaves need one row an example"
             )
@@ -155,7 +157,7 @@ def _check_examples(examples: PyTree) -> int:
 def _check_finite(name: str, leaf: np.ndarray) -> None:
     bad = ~np.isfinite(np.asarray(leaf)).reshape(len(leaf), -1).all(axis=1)
     if bad.any():
-        raise ValueError(
+        raise InputError(
             f"examples{name} holds a NaN or infinity in row {int(np.argmax(bad))} "
             f"({int(bad.sum())} rows in all); remove or impute these rows first"
         )
@@ -164,10 +166,10 @@ def _check_finite(name: str, leaf: np.ndarray) -> None:
 def _check_sizes(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Returns how many examples each client owns, ``[clients]``; nobody may own none."""
     if not len(rows):
-        raise ValueError("a federation needs at least one client; rows is empty")
+        raise InputError("a federation needs at least one client; rows is empty")
     sizes = np.array([len(own) for own in rows], np.int32)
     if (sizes == 0).any():
-        raise ValueError(
+        raise InputError(
             f"client {int(np.argmin(sizes))} owns no example; "
             "drop empty clients before building the federation"
         )
@@ -178,13 +180,13 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
     """Checks that all labels lie in ``0 .. num_classes - 1``.
 
     Raises:
-        ValueError: a label lies outside; the message names the first such row.
+        InputError: a label lies outside; the message names the first such row.
     """
     labels = np.asarray(labels)
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():
         row = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        raise ValueError(
+        raise InputError(
             f"label {labels[row]} in row {int(row[0])} is outside 0..{num_classes - 1}; "
             f"fix the labels or set num_classes to at least {int(labels.max()) + 1}"
         )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import NO_BUDGET, Cohort, Federation, Population
 
 RoundIndex = int | jax.Array
@@ -42,7 +43,7 @@ def make_cohort(
 
 def _check_cohort_size(cohort_size: int, num_clients: int) -> None:
     if not 1 <= cohort_size <= num_clients:
-        raise ValueError(
+        raise InputError(
             f"cohort_size is {cohort_size} but the federation has {num_clients} clients; "
             f"choose 1..{num_clients}, or sample with replacement"
         )
@@ -67,13 +68,13 @@ def by_group(samplers: Sampler | dict[str, Sampler]) -> PopulationSampler:
         samplers: one for all groups, or one a group.
 
     Raises:
-        ValueError: (when traced) a group without a sampler, or a sampler without a group.
+        InputError: (when traced) a group without a sampler, or a sampler without a group.
     """
 
     def sample(key, round_index, population):
         if isinstance(samplers, dict) and set(samplers) != set(population):
             odd = sorted(set(samplers) ^ set(population))[0]
-            raise ValueError(
+            raise InputError(
                 f"group {odd!r} has no {'sampler' if odd in population else 'federation'}; name "
                 "the same groups in both"
             )
@@ -93,7 +94,7 @@ def uniform(cohort_size: int) -> Sampler:
     """``cohort_size`` different clients, all sets equally likely.
 
     Raises:
-        ValueError: (when traced) the federation has fewer clients.
+        InputError: (when traced) the federation has fewer clients.
     """
 
     def sample(key, round_index, federation):
@@ -118,7 +119,7 @@ def weighted(cohort_size: int, probabilities: jax.Array, *, replace: bool = Fals
         replace: whether a client may be drawn several times.
 
     Raises:
-        ValueError: (when traced) the federation has fewer clients and ``replace`` is False, or the
+        InputError: (when traced) the federation has fewer clients and ``replace`` is False, or the
             number of probabilities differs.
     """
 
@@ -128,7 +129,7 @@ def weighted(cohort_size: int, probabilities: jax.Array, *, replace: bool = Fals
     def sample(key, round_index, federation):
         del round_index
         if probabilities.shape != (federation.num_clients,) or negative:
-            raise ValueError(
+            raise InputError(
                 f"probabilities has shape {probabilities.shape}; "
                 f"give one for each of the {federation.num_clients} clients, none negative"
             )
@@ -154,7 +155,7 @@ def available(cohort_size: int, trace: jax.Array) -> Sampler:
         trace: bool ``[rounds, clients]``; repeated when rounds run past it.
 
     Raises:
-        ValueError: (when traced) the trace's clients are not the federation's, or there are fewer
+        InputError: (when traced) the trace's clients are not the federation's, or there are fewer
             than ``cohort_size``.
     """
 
@@ -162,7 +163,7 @@ def available(cohort_size: int, trace: jax.Array) -> Sampler:
 
     def sample(key, round_index, federation):
         if trace.ndim != 2 or trace.shape[1] != federation.num_clients:
-            raise ValueError(
+            raise InputError(
                 f"the availability trace has shape {trace.shape}; "
                 f"give [rounds, {federation.num_clients}], a column for each client"
             )
@@ -205,10 +206,10 @@ def partial_work(sampler: Sampler, low: float, high: float = 1.0) -> Sampler:
         high: the largest.
 
     Raises:
-        ValueError: unless ``0 <= low <= high <= 1``.
+        InputError: unless ``0 <= low <= high <= 1``.
     """
     if not 0 <= low <= high <= 1:
-        raise ValueError(
+        raise InputError(
             f"shares of the planned work between {low} and {high} make no sense; give "
             "0 <= low <= high <= 1"
         )
@@ -232,17 +233,17 @@ def dropping(sampler: Sampler, probability: float | jax.Array) -> Sampler:
         probability: of dropping out; a number, or ``[clients]``.
 
     Raises:
-        ValueError: a probability outside 0..1; (when traced) not one a client.
+        InputError: a probability outside 0..1; (when traced) not one a client.
     """
     values = np.asarray(probability)
     if (values < 0).any() or (values > 1).any():
-        raise ValueError(
+        raise InputError(
             f"drop probability {values.max() if values.max() > 1 else values.min()} is outside 0..1"
         )
 
     def sample(key, round_index, federation):
         if values.ndim and values.shape != (federation.num_clients,):
-            raise ValueError(
+            raise InputError(
                 f"drop probabilities have shape {values.shape}; give one number or one for each of "
                 f"the {federation.num_clients} clients"
             )
@@ -277,7 +278,7 @@ def fraction_of_data(
             node's own, as in the released code.
     """
     if not 0 <= low <= high:
-        raise ValueError(
+        raise InputError(
             f"budgets between {low} and {high} of a pass make no sense; give 0 <= low <= high"
         )
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Federation, Splits
 
 
@@ -94,10 +95,10 @@ def random_fourier(
         key: of the random W and b.
 
     Raises:
-        ValueError: no features, or a bandwidth that is not positive.
+        InputError: no features, or a bandwidth that is not positive.
     """
     if num_features < 1 or bandwidth <= 0:
-        raise ValueError(
+        raise InputError(
             f"random_fourier takes num_features >= 1 and bandwidth > 0, got {num_features} and "
             f"{bandwidth}"
         )

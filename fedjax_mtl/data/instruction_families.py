@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.data.instructions import ClientRows, Instruction
 
 LETTERS = "aeioubdlnrst"
@@ -95,10 +96,10 @@ def draw_families(
         test_examples: test examples of each client.
 
     Raises:
-        ValueError: a count below 1, or more examples than a family has.
+        InputError: a count below 1, or more examples than a family has.
     """
     if min(clients_per_family, train_examples, test_examples) < 1:
-        raise ValueError(
+        raise InputError(
             f"clients_per_family is {clients_per_family}, train_examples {train_examples} and "
             f"test_examples {test_examples}; all must be at least 1"
         )
@@ -128,7 +129,7 @@ def _draw_distinct(family: str, count: int, rng: np.random.Generator) -> list[In
             drawn[item] = None
         if len(drawn) == count:
             return [Instruction(*item, family) for item in drawn]
-    raise ValueError(
+    raise InputError(
         f"family {family!r} has only about {len(drawn)} different instructions but {count} are "
         "wanted for its clients; lower clients_per_family, train_examples or test_examples"
     )

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Splits, make_federation
 from fedjax_mtl.tasks.language import IGNORED
 
@@ -81,7 +82,7 @@ def load_dolly(path: str | os.PathLike[str]) -> list[Instruction]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object, lacks a field or has no answer, or there is no line.
+        InputError: a line is no JSON object, lacks a field or has no answer, or there is no line.
             The message names file and line.
     """
     path = Path(path)
@@ -95,12 +96,12 @@ def load_dolly(path: str | os.PathLike[str]) -> list[Instruction]:
         record = _parse(line, where, _DOLLY)
         item = Instruction(*(_text(record, field, where, _DOLLY) for field in Instruction._fields))
         if not item.response.strip():
-            raise ValueError(
+            raise InputError(
                 f"{where}: the response is empty; remove the line, there is nothing to learn"
             )
         found.append(item)
     if not found:
-        raise ValueError(f"{path} holds no instruction; expected {_DOLLY}")
+        raise InputError(f"{path} holds no instruction; expected {_DOLLY}")
     return found
 
 
@@ -137,13 +138,13 @@ def load_natural_instructions(
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: a file is no JSON, a field is missing, an argument is out of range, or fewer
+        InputError: a file is no JSON, a field is missing, an argument is out of range, or fewer
             than ``num_tasks`` tasks are left.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; give a share of the instances in (0, 1]")
+        raise InputError(f"share is {share}; give a share of the instances in (0, 1]")
     if num_tasks < 1 or fewest_instances < 2:
-        raise ValueError(
+        raise InputError(
             f"num_tasks is {num_tasks} and fewest_instances {fewest_instances}; "
             "give at least 1 task and at least 2 instances"
         )
@@ -161,7 +162,7 @@ def load_natural_instructions(
         kept += 1
         if kept == num_tasks:
             return found
-    raise ValueError(
+    raise InputError(
         f"{directory}: only {kept} tasks have at least {fewest_instances} instances of at most "
         f"{longest_input} characters, but num_tasks is {num_tasks}; lower num_tasks or give more "
         "task files"
@@ -189,12 +190,12 @@ def _read_task(path: Path) -> list[Instruction]:
     task = _parse(path.read_bytes(), str(path), _NATURAL)
     definition = _first_text(task, "Definition", str(path))
     if not isinstance(task.get("Instances"), list):
-        raise ValueError(f"{path}: field 'Instances' is missing or no list; expected {_NATURAL}")
+        raise InputError(f"{path}: field 'Instances' is missing or no list; expected {_NATURAL}")
     found = []
     for number, instance in enumerate(task["Instances"]):
         where = f"{path}, instance {number}"
         if not isinstance(instance, dict):
-            raise ValueError(f"{where}: no object; expected {_NATURAL}")
+            raise InputError(f"{where}: no object; expected {_NATURAL}")
         context = _text(instance, "input", where, _NATURAL)
         response = _first_text(instance, "output", where)
         if response.strip():
@@ -213,22 +214,22 @@ def _parse(data: bytes, where: str, expected: str) -> dict[str, Any]:
     try:
         record = json.loads(data)
     except ValueError as error:  # also bytes that are no UTF-8
-        raise ValueError(f"{where}: not valid JSON ({error}); expected {expected}") from error
+        raise InputError(f"{where}: not valid JSON ({error}); expected {expected}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: no JSON object; expected {expected}")
+        raise InputError(f"{where}: no JSON object; expected {expected}")
     return record
 
 
 def _text(record: dict[str, Any], field: str, where: str, expected: str) -> str:
     if not isinstance(record.get(field), str):
-        raise ValueError(f"{where}: field {field!r} is missing or no text; expected {expected}")
+        raise InputError(f"{where}: field {field!r} is missing or no text; expected {expected}")
     return record[field]
 
 
 def _first_text(record: dict[str, Any], field: str, where: str) -> str:
     values = record.get(field)
     if not isinstance(values, list) or not values or not isinstance(values[0], str):
-        raise ValueError(
+        raise InputError(
             f"{where}: field {field!r} is missing or no list of texts; expected {_NATURAL}"
         )
     return values[0]
@@ -332,7 +333,7 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: there is no ``tokenizer.json``.
-        ValueError: the file is no tokenizer, or no end token can be found.
+        InputError: the file is no tokenizer, or no end token can be found.
     """
     from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -344,7 +345,7 @@ def load_tokenizer(
     try:
         tokenizer = LibraryTokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path}: no tokenizer of the tokenizers library ({error})") from error
+        raise InputError(f"{path}: no tokenizer of the tokenizers library ({error})") from error
     named = end_token or _end_name(directory)
     for name in [named] if named else _END_NAMES:
         token = tokenizer.token_to_id(name)
@@ -355,7 +356,7 @@ def load_tokenizer(
         if named
         else f"none of {_END_NAMES} is in the vocabulary"
     )
-    raise ValueError(
+    raise InputError(
         f"{path}: no end token; {missing}. "
         "Give the name of the token that ends an answer as end_token"
     )
@@ -400,10 +401,10 @@ def format_prompt(instruction: str, context: str = "", template: str = "alpaca")
             (``instruction: context``) for tiny models.
 
     Raises:
-        ValueError: an unknown template.
+        InputError: an unknown template.
     """
     if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; expected one of {TEMPLATES}")
+        raise InputError(f"unknown template {template!r}; expected one of {TEMPLATES}")
     if template == "short":
         return f"{instruction}: {context}\n" if context else f"{instruction}\n"
     given = ", and the input that it is about" if context else ""
@@ -436,7 +437,7 @@ def encode_examples(
         ``inputs`` and ``labels``, int32 ``[n, max_length]``, filled up on the right.
 
     Raises:
-        ValueError: no token of an answer would fit, or an unknown template. The message names the
+        InputError: no token of an answer would fit, or an unknown template. The message names the
             example.
     """
     shape = (len(instructions), max_length)
@@ -448,7 +449,7 @@ def encode_examples(
         prompt = _prompt_tokens(item, tokenizer, max_length + 1 - len(answer), template)
         tokens = np.array([*prompt, *answer][: max_length + 1], np.int32)
         if len(prompt) > max_length:
-            raise ValueError(
+            raise InputError(
                 _does_not_fit(row, len(prompt), f"max_length {max_length} and an answer")
             )
         inputs[row, : len(tokens) - 1] = tokens[:-1]
@@ -478,7 +479,7 @@ def encode_prompts(
         ``[n]``.
 
     Raises:
-        ValueError: a prompt does not fit even without its context, or an unknown template. The
+        InputError: a prompt does not fit even without its context, or an unknown template. The
             message names the example.
     """
     prompts = np.full((len(instructions), capacity), tokenizer.padding_token, np.int32)
@@ -486,7 +487,7 @@ def encode_prompts(
     for row, item in enumerate(instructions):
         prompt = _prompt_tokens(item, tokenizer, capacity, template)
         if len(prompt) > capacity:
-            raise ValueError(_does_not_fit(row, len(prompt), f"capacity {capacity}"))
+            raise InputError(_does_not_fit(row, len(prompt), f"capacity {capacity}"))
         prompts[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
     return prompts, lengths
@@ -557,11 +558,11 @@ def deal_categories(
         test_share: of each client's instructions, rounded, at least one on either side.
 
     Raises:
-        ValueError: a category with fewer than two instructions a client, or an argument out of
+        InputError: a category with fewer than two instructions a client, or an argument out of
             range.
     """
     if clients_per_category < 1 or not 0 < test_share < 1:
-        raise ValueError(
+        raise InputError(
             f"clients_per_category is {clients_per_category} and test_share {test_share}; "
             "give at least 1 client and a share between 0 and 1"
         )
@@ -571,7 +572,7 @@ def deal_categories(
     for category in dict.fromkeys(categories.tolist()):
         members = rng.permutation(np.nonzero(categories == category)[0])
         if len(members) < 2 * clients_per_category:
-            raise ValueError(
+            raise InputError(
                 f"category {category!r} has {len(members)} instructions for {clients_per_category} "
                 "clients, who need two each, one to learn from and one to test; use fewer clients "
                 "or drop the category"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import entr
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Splits, make_federation
 
 # Distinct streams of one seed: what a base model is pre-trained on is independent of the clients.
@@ -60,15 +61,15 @@ def draw_chains(
         swaps: how many times a client exchanges two images of its group's permutation.
 
     Raises:
-        ValueError: a count that is too small, or ``follow`` outside [0, 1].
+        InputError: a count that is too small, or ``follow`` outside [0, 1].
     """
     if not 1 <= num_groups <= num_clients:
-        raise ValueError(
+        raise InputError(
             f"num_groups is {num_groups} for {num_clients} clients; give every group at least one "
             "client"
         )
     if swaps < 0 or min(train_sequences, test_sequences) < 1:
-        raise ValueError(
+        raise InputError(
             f"swaps is {swaps}, train_sequences {train_sequences} and test_sequences "
             f"{test_sequences}; give no negative number of swaps and at least one sequence of "
             "either kind"
@@ -112,10 +113,10 @@ def pretraining_sequences(
         ``inputs`` and ``labels``, int32 ``[num_sequences, length - 1]``.
 
     Raises:
-        ValueError: a count that is too small, or ``noise`` outside [0, 1].
+        InputError: a count that is too small, or ``noise`` outside [0, 1].
     """
     if not 1 <= num_chains <= num_sequences:
-        raise ValueError(
+        raise InputError(
             f"num_chains is {num_chains} for {num_sequences} sequences; give every chain at least "
             "one"
         )
@@ -138,9 +139,9 @@ def entropy_floor(vocabulary: int = 12, follow: float = 0.75) -> float:
 
 def _check_chain(vocabulary: int, length: int, follow: float) -> None:
     if vocabulary < 2 or length < 2:
-        raise ValueError(f"vocabulary is {vocabulary} and length {length}; both must be at least 2")
+        raise InputError(f"vocabulary is {vocabulary} and length {length}; both must be at least 2")
     if not 0 <= follow <= 1:
-        raise ValueError(
+        raise InputError(
             f"the probability of following the permutation is {follow}; give follow or noise in "
             "[0, 1]"
         )

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from fedjax_mtl.core.checks import InputError
+
 
 def draw_mixtures(
     num_clients: int, num_components: int, alpha: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Draws each client's weights from Dirichlet(alpha), float ``[clients, components]``."""
     if num_components < 1:
-        raise ValueError(f"num_components is {num_components}; a mixture needs at least 1")
+        raise InputError(f"num_components is {num_components}; a mixture needs at least 1")
     if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}; a Dirichlet concentration must be positive")
+        raise InputError(f"alpha is {alpha}; a Dirichlet concentration must be positive")
     return rng.dirichlet(np.full(num_components, alpha), size=num_clients)
 
 
@@ -52,10 +54,10 @@ def draw_clients(
     own component makes of it; give training and test data pools that do not overlap.
 
     Raises:
-        ValueError: the pool is smaller than ``size``.
+        InputError: the pool is smaller than ``size``.
     """
     if not 1 <= size <= len(pool):
-        raise ValueError(
+        raise InputError(
             f"a client cannot draw {size} different examples from a pool of {len(pool)}"
         )
     return [rng.choice(pool, size, replace=False) for _ in range(num_clients)]
@@ -75,15 +77,15 @@ def draw_components(
         rng: the source of randomness.
 
     Raises:
-        ValueError: two clients own the same example (it could not belong to both), or mixtures and
+        InputError: two clients own the same example (it could not belong to both), or mixtures and
             rows differ in length.
     """
     if len(rows) != len(mixtures):
-        raise ValueError(f"{len(rows)} clients but {len(mixtures)} rows of mixture weights")
+        raise InputError(f"{len(rows)} clients but {len(mixtures)} rows of mixture weights")
     components = np.full(num_examples, -1)
     for client, (own, weights) in enumerate(zip(rows, mixtures, strict=True)):
         if (components[own] >= 0).any():
-            raise ValueError(
+            raise InputError(
                 f"client {client} shares examples with another client; mixtures need disjoint "
                 "clients"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Federation, Splits, make_federation
 
 Rows = list[np.ndarray]
@@ -15,7 +16,7 @@ Rows = list[np.ndarray]
 
 def _check(num_clients: int, num_examples: int) -> None:
     if not 1 <= num_clients <= num_examples:
-        raise ValueError(
+        raise InputError(
             f"cannot split {num_examples} examples over {num_clients} clients; give every client "
             "at least one"
         )
@@ -23,7 +24,7 @@ def _check(num_clients: int, num_examples: int) -> None:
 
 def _positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ValueError(f"{name} is {value}; a Dirichlet concentration must be positive")
+        raise InputError(f"{name} is {value}; a Dirichlet concentration must be positive")
 
 
 def iid(num_examples: int, num_clients: int, rng: np.random.Generator) -> Rows:
@@ -57,7 +58,7 @@ def dirichlet_labels(
     names = rng.permutation(np.unique(labels))
     count = len(names) if num_groups is None else num_groups
     if not 1 <= count <= len(names):
-        raise ValueError(f"num_groups is {num_groups} but there are {len(names)} labels")
+        raise InputError(f"num_groups is {num_groups} but there are {len(names)} labels")
     parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for group in np.array_split(names, count):
         members = rng.permutation(np.nonzero(np.isin(labels, group))[0])
@@ -109,7 +110,7 @@ def pachinko(
         beta: concentration of the fine labels.
 
     Raises:
-        ValueError: more examples are needed than there are, or a concentration that is not
+        InputError: more examples are needed than there are, or a concentration that is not
             positive.
     """
     _check(num_clients, len(labels))
@@ -117,7 +118,7 @@ def pachinko(
     _positive("beta", beta)
     size = len(labels) // num_clients if size is None else size
     if size * num_clients > len(labels):
-        raise ValueError(
+        raise InputError(
             f"{num_clients} clients of {size} examples need more than the {len(labels)} there are"
         )
     pools = {
@@ -188,15 +189,15 @@ def split_clients(
         unseen_fraction: of the clients, chosen at random.
 
     Raises:
-        ValueError: a fraction outside [0, 1) (test: (0, 1)), or nobody left to train with.
+        InputError: a fraction outside [0, 1) (test: (0, 1)), or nobody left to train with.
     """
     if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction is {test_fraction}; give a share between 0 and 1")
+        raise InputError(f"test_fraction is {test_fraction}; give a share between 0 and 1")
     if not 0 <= unseen_fraction < 1:
-        raise ValueError(f"unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
+        raise InputError(f"unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
     rows = [own for own in rows if len(own) >= 2]
     if not rows:
-        raise ValueError(
+        raise InputError(
             "no client owns two examples, one to train on and one to test; use fewer clients"
         )
     train, test = [], []

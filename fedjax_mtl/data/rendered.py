@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.data import ray_casting
 from fedjax_mtl.data.ray_casting import Hits
 from fedjax_mtl.data.scene_outdoors import outdoor_scene
@@ -82,7 +83,7 @@ def _image_size(domain: str, size: str | tuple[int, int]) -> tuple[int, int]:
     if isinstance(size, str) and size in SIZES:
         return SIZES[size][domain]
     if isinstance(size, str) or np.shape(size) != (2,) or min(size) < 1:
-        raise ValueError(f"size is {size!r}; give one of {list(SIZES)} or a pair (height, width)")
+        raise InputError(f"size is {size!r}; give one of {list(SIZES)} or a pair (height, width)")
     return int(size[0]), int(size[1])
 
 
@@ -222,14 +223,14 @@ def render(
         split (their places in A, B and train, test), index, height, width.
 
     Raises:
-        ValueError: an unknown domain, split or size, or a negative index.
+        InputError: an unknown domain, split or size, or a negative index.
     """
     if domain not in _DOMAINS:
-        raise ValueError(f"domain is {domain!r}; give one of {list(_DOMAINS)}")
+        raise InputError(f"domain is {domain!r}; give one of {list(_DOMAINS)}")
     if split not in _SPLITS:
-        raise ValueError(f"split is {split!r}; give one of {list(_SPLITS)}")
+        raise InputError(f"split is {split!r}; give one of {list(_SPLITS)}")
     if index < 0:
-        raise ValueError(f"index is {index}; images are numbered from 0")
+        raise InputError(f"index is {index}; images are numbered from 0")
     view = look(domain, split, index, size, seed)
     image = _image(view, _NOISE[domain])
     labels = _labels_of_room(view) if domain == "A" else _labels_of_outdoors(view)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.data import rendered
 from fedjax_mtl.data.tfds_sets import FORMAT, data_root
 
@@ -98,7 +99,7 @@ def load_scenes(
         ignored.
 
     Raises:
-        ValueError: an unknown domain, size or profile.
+        InputError: an unknown domain, size or profile.
     """
     for what, value, known in (
         ("domain", domain, rendered.TASKS),
@@ -106,7 +107,7 @@ def load_scenes(
         ("profile", profile, rendered.LENGTHS),
     ):
         if value not in known:
-            raise ValueError(
+            raise InputError(
                 f"unknown {what} {value!r} of rendered scenes; expected one of "
                 f"{', '.join(sorted(known))}"
             )

@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
+
 CHARACTERS: str = string.printable
 """The vocabulary: the 100 printable ASCII characters; a character's code is its index here."""
 
@@ -107,19 +109,19 @@ def load_shakespeare(
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where the file holds no play or no role that is long enough, or an argument
+        InputError: where the file holds no play or no role that is long enough, or an argument
             is below 1.
     """
     if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}.")
+        raise InputError(f"stride must be at least 1, got {stride}.")
     if max_windows_per_client is not None and max_windows_per_client < 1:
-        raise ValueError(
+        raise InputError(
             f"max_windows_per_client must be at least 1, got {max_windows_per_client}."
         )
 
     texts = _role_texts(path)
     if not texts:
-        raise ValueError(
+        raise InputError(
             f"{os.fspath(path)}: no role has more than {WINDOW} characters to train on; expected "
             f"the complete works, {_SOURCE}."
         )
@@ -185,7 +187,7 @@ def read_roles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where the file holds no play.
+        InputError: where the file holds no play.
     """
     path = Path(path)
     lines = [_to_vocabulary(line) for line in _read_text(path).splitlines()]
@@ -195,7 +197,7 @@ def read_roles(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         if len(roles) >= 2 and title.upper() not in _POEMS
     ]
     if not plays:
-        raise ValueError(
+        raise InputError(
             f"{path}: no play found; expected titles followed by 'by William Shakespeare' and "
             f"speeches that start with two spaces and 'NAME. ', as in {_SOURCE}. (Later files of "
             "Project Gutenberg have another layout.)"
@@ -269,13 +271,13 @@ def encode_text(text: str) -> np.ndarray:
     """Character codes of a text, uint8 [len(text)].
 
     Raises:
-        ValueError: for a character outside `CHARACTERS`.
+        InputError: for a character outside `CHARACTERS`.
     """
     raw = np.frombuffer(text.encode("ascii", errors="replace"), np.uint8)
     codes = _CODES[raw]
     if not text.isascii() or (codes == _NO_CODE).any():
         bad = sorted(set(text) - set(CHARACTERS))
-        raise ValueError(f"Characters outside the vocabulary: {bad}.")
+        raise InputError(f"Characters outside the vocabulary: {bad}.")
     return codes
 
 
@@ -318,7 +320,7 @@ def _title_above(lines: list[str], number: int, path: Path) -> str:
     for line in reversed(lines[max(0, number - _TITLE_REACH) : number]):
         if line.strip():
             return line.strip()
-    raise ValueError(
+    raise InputError(
         f"{path}, line {number + 1}: expected the title of a play within {_TITLE_REACH} lines "
         f"above '{lines[number].strip()}'."
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Splits, make_federation
 
 _SMALLEST_CLIENT, _LARGEST_CLIENT = 50, 1000
@@ -68,17 +69,17 @@ def synthetic_mixture(
             data. Inputs, sizes and mixtures are the same.
 
     Raises:
-        ValueError: an unknown fidelity, or a count or fraction out of range.
+        InputError: an unknown fidelity, or a count or fraction out of range.
     """
     if fidelity not in ("paper", "released"):
-        raise ValueError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
+        raise InputError(f"fidelity must be 'paper' or 'released', got {fidelity!r}")
     if num_components < 1 or num_clients < 1:
-        raise ValueError(
+        raise InputError(
             f"num_clients is {num_clients} and num_components {num_components}; both must be at "
             "least 1"
         )
     if not 0 <= unseen_fraction < 1:
-        raise ValueError(f"unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
+        raise InputError(f"unseen_fraction is {unseen_fraction}; give a share in [0, 1)")
     rng = np.random.RandomState(seed)
     sizes = rng.lognormal(4, 2, num_clients).astype(int) + _SMALLEST_CLIENT
     sizes = np.minimum(sizes, _LARGEST_CLIENT)

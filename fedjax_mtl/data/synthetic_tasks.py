@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Federation, Splits, make_federation
 from fedjax_mtl.data.problem import PopulationSplits
 
@@ -41,13 +42,13 @@ def scaled_tasks(
         seed: of the draw.
 
     Raises:
-        ValueError: a scale that is 0, or the wrong number of sizes.
+        InputError: a scale that is 0, or the wrong number of sizes.
     """
     if not scales or min(map(abs, scales)) == 0:
-        raise ValueError(f"scales is {tuple(scales)}; give at least one, none of them 0")
+        raise InputError(f"scales is {tuple(scales)}; give at least one, none of them 0")
     sizes = [num_train] * len(scales) if isinstance(num_train, int) else list(num_train)
     if len(sizes) != len(scales):
-        raise ValueError(f"num_train has {len(sizes)} sizes for {len(scales)} tasks")
+        raise InputError(f"num_train has {len(sizes)} sizes for {len(scales)} tasks")
     rng = np.random.default_rng(seed)
     common = rng.normal(0, np.sqrt(10.0 / features), (targets, features))
     own = rng.normal(0, np.sqrt(3.5 / features), (len(scales), targets, features))
@@ -106,10 +107,10 @@ def conflicting_tasks(
         seed: of the draw.
 
     Raises:
-        ValueError: fewer than 2 tasks.
+        InputError: fewer than 2 tasks.
     """
     if num_tasks < 2:
-        raise ValueError(f"num_tasks is {num_tasks}; give at least 2, one of each kind")
+        raise InputError(f"num_tasks is {num_tasks}; give at least 2, one of each kind")
     rng = np.random.default_rng(seed)
 
     def matrix(*shape: int, fan: int) -> np.ndarray:

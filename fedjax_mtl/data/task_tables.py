@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Splits, make_federation
 
 Path = str | pathlib.Path
@@ -48,7 +49,7 @@ def load_task_table(path: Path) -> TaskTable:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, or fields that are missing or do not fit together.
+        InputError: another kind of file, or fields that are missing or do not fit together.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -60,12 +61,12 @@ def load_task_table(path: Path) -> TaskTable:
         with np.load(path) as stored:
             missing = sorted({"X", "y", "task_sizes"} - set(stored))
             if missing:
-                raise ValueError(
+                raise InputError(
                     f"{path} has no array {missing[0]!r}; it needs X, y and task_sizes"
                 )
             table = stored["X"], stored["y"], stored["task_sizes"]
         if not len(table[0]) == len(table[1]) == table[2].sum():
-            raise ValueError(
+            raise InputError(
                 f"{path} has {len(table[0])} rows of X, {len(table[1])} of y and task_sizes that "
                 f"sum to {table[2].sum()}; all three must agree"
             )
@@ -73,7 +74,7 @@ def load_task_table(path: Path) -> TaskTable:
     elif path.suffix == ".mat":
         table = _from_cells(path)
     else:
-        raise ValueError(f"{path} is neither .npz nor .mat")
+        raise InputError(f"{path} is neither .npz nor .mat")
     if set(np.unique(table.labels)) == {0.0, 1.0}:
         table = table._replace(labels=2 * table.labels - 1)
     return table
@@ -91,7 +92,7 @@ def _from_cells(path: pathlib.Path) -> TaskTable:
                 np.concatenate([np.ravel(y) for y in labels]),
                 [len(x) for x in inputs],
             )
-    raise ValueError(
+    raise InputError(
         f"{path} has fields {sorted(k for k in stored if not k.startswith('__'))}; it needs cells "
         "X and Y, or feature and label"
     )
@@ -155,10 +156,10 @@ def related_tasks(
         seed: of the draw.
 
     Raises:
-        ValueError: counts or sizes that make no sense.
+        InputError: counts or sizes that make no sense.
     """
     if num_tasks < 1 or not 1 <= num_clusters <= num_tasks or not 4 <= smallest <= largest:
-        raise ValueError(
+        raise InputError(
             f"related_tasks got {num_tasks} tasks in {num_clusters} clusters of "
             f"{smallest}..{largest} examples; give clusters in 1..tasks and at least 4 examples"
         )
@@ -200,15 +201,15 @@ def split_tasks(
             in Landmine.
 
     Raises:
-        ValueError: a share outside (0, 1), or a task of fewer than two examples.
+        InputError: a share outside (0, 1), or a task of fewer than two examples.
     """
     if not 0 < train_share < 1:
-        raise ValueError(f"train_share is {train_share}; give a share between 0 and 1")
+        raise InputError(f"train_share is {train_share}; give a share between 0 and 1")
     rng = np.random.default_rng(seed)
     train, test = [], []
     for task, own in enumerate(table.rows):
         if len(own) < 2:
-            raise ValueError(
+            raise InputError(
                 f"task {task} has {len(own)} example; it needs one to learn from and one to test"
             )
         shuffled = rng.permutation(len(own))

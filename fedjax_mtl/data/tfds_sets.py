@@ -48,6 +48,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
+
 NAMES = ("emnist", "cifar10", "cifar100")
 
 ARCHIVES: dict[str, str] = {
@@ -149,7 +151,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> dict
         `"coarse_labels"` int32 [num], the superclass of each label by `CIFAR100_COARSE`.
 
     Raises:
-        ValueError: for an unknown name.
+        InputError: for an unknown name.
         DatasetNotPrepared: where the set is absent or only there in another file format; the
             message says what was looked for and how to prepare it.
     """
@@ -191,7 +193,7 @@ def find_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
         version of the own data set, else of TFDS's own one.
 
     Raises:
-        ValueError: for an unknown name.
+        InputError: for an unknown name.
         DatasetNotPrepared: where there is no such directory.
     """
     spec = _check_name(name)
@@ -261,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_name(name: str) -> _Set:
     """The entry of `_SETS` for `name`."""
     if name not in _SETS:
-        raise ValueError(f"Unknown data set {name!r}; expected one of {', '.join(NAMES)}.")
+        raise InputError(f"Unknown data set {name!r}; expected one of {', '.join(NAMES)}.")
     return _SETS[name]
 
 
@@ -356,7 +358,7 @@ def _read_emnist(archive: str, part: str) -> Iterator[tuple[np.ndarray, int]]:
         ):
             shape = _idx_shape(stream, 3, f"{archive}: {stem} images")
             if shape != (num, 28, 28):
-                raise ValueError(
+                raise InputError(
                     f"{archive}: {stem} has images of shape {shape} for {num} labels; expected "
                     f"({num}, 28, 28)."
                 )
@@ -370,7 +372,7 @@ def _read_emnist(archive: str, part: str) -> Iterator[tuple[np.ndarray, int]]:
 def _idx_shape(stream: IO[bytes] | gzip.GzipFile, rank: int, where: str) -> tuple[int, ...]:
     """Reads the header of an idx file of unsigned bytes: magic number, then one size per axis."""
     if _read_exactly(stream, 4, where) != bytes([0, 0, 8, rank]):
-        raise ValueError(f"{where}: not an idx file of unsigned bytes with {rank} axes.")
+        raise InputError(f"{where}: not an idx file of unsigned bytes with {rank} axes.")
     return struct.unpack(f">{rank}I", _read_exactly(stream, 4 * rank, where))
 
 
@@ -378,7 +380,7 @@ def _read_exactly(stream: IO[bytes] | gzip.GzipFile, size: int, where: str) -> b
     """`size` bytes of `stream`, or a ValueError that names the file."""
     data = stream.read(size)
     if len(data) != size:
-        raise ValueError(f"{where}: the file ends early ({len(data)} of {size} bytes).")
+        raise InputError(f"{where}: the file ends early ({len(data)} of {size} bytes).")
     return data
 
 
@@ -400,14 +402,14 @@ def _read_cifar(name: str, archive: str, part: str) -> Iterator[tuple[np.ndarray
             stream = archive_file.extractfile(member) or io.BytesIO()
             records = np.frombuffer(stream.read(), np.uint8)
             if records.size == 0 or records.size % (num_labels + 3072):
-                raise ValueError(
+                raise InputError(
                     f"{archive}: {member} has {records.size} bytes; expected a multiple of "
                     f"{num_labels + 3072}."
                 )
             records = records.reshape(-1, num_labels + 3072)
             labels = records[:, num_labels - 1]
             if name == "cifar100" and not (CIFAR100_COARSE[labels] == records[:, 0]).all():
-                raise ValueError(
+                raise InputError(
                     f"{archive}: {member} has coarse labels other than those of CIFAR-100."
                 )
             images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 
 PyTree = Any
 
@@ -30,22 +31,22 @@ def load_base(params: PyTree, weights: PyTree) -> PyTree:
         weights: of the base model; they take the place of the frozen ones.
 
     Raises:
-        ValueError: parameters without a base, or weights of another structure or shape; the message
+        InputError: parameters without a base, or weights of another structure or shape; the message
             names the first leaf that differs.
     """
     if not isinstance(params, dict) or "base" not in params:
-        raise ValueError(
+        raise InputError(
             "this algorithm's model has no frozen base; give base weights to one with adapters only"
         )
     old, new = trees.leaves_by_path(params["base"]), trees.leaves_by_path(weights)
     odd = sorted(set(old) ^ set(new))
     if odd:
         where = "missing from" if odd[0] in old else "not in the model but in"
-        raise ValueError(f"{'/'.join(odd[0])} is {where} the weights; they are of another model")
+        raise InputError(f"{'/'.join(odd[0])} is {where} the weights; they are of another model")
     for path, leaf in old.items():
         lead = leaf.ndim - new[path].ndim
         if lead < 0 or leaf.shape[lead:] != new[path].shape:
-            raise ValueError(
+            raise InputError(
                 f"{'/'.join(path)} has shape {new[path].shape} in the weights but {leaf.shape} in "
                 "the model; check its configuration"
             )

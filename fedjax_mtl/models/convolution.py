@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
+
 
 def patches(inputs: jax.Array, kernel_size: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
     """Returns the windows of a convolution without padding, as shifted slices.
@@ -157,12 +159,12 @@ class PatchConv(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolves, ``[batch, h, w, c] -> [batch, h', w', features]``."""
         if len(self.kernel_size) != 2:
-            raise ValueError(
+            raise InputError(
                 f"PatchConv is two-dimensional, got kernel_size {tuple(self.kernel_size)}"
             )
         size = self.kernel_size[0], self.kernel_size[1]
         if self.padding not in ("SAME", "VALID"):
-            raise ValueError(f"padding must be 'SAME' or 'VALID', got {self.padding!r}")
+            raise InputError(f"padding must be 'SAME' or 'VALID', got {self.padding!r}")
         down, right = (self.strides,) * 2 if isinstance(self.strides, int) else self.strides
         strides = down, right
         channels = inputs.shape[-1]

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.models.transformer import LanguageModel
 
 PyTree = Any
@@ -26,12 +27,12 @@ def _cache_dtype(params: PyTree) -> jnp.dtype:
 
 def _check(prompts: jax.Array, lengths: jax.Array, max_new_tokens: int) -> None:
     if prompts.ndim != 2 or lengths.shape != prompts.shape[:1]:
-        raise ValueError(
+        raise InputError(
             "prompts must be [batch, prompt_capacity] and lengths [batch], "
             f"got shapes {prompts.shape} and {lengths.shape}"
         )
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def greedy(
@@ -60,7 +61,7 @@ def greedy(
         The answers, int32 ``[batch, max_new_tokens]``, -1 from the end token on.
 
     Raises:
-        ValueError: (at trace) shapes that do not belong together, ``max_new_tokens`` below 1, or
+        InputError: (at trace) shapes that do not belong together, ``max_new_tokens`` below 1, or
             prompt capacity and new tokens together beyond what the model can hold.
     """
     _check(prompts, lengths, max_new_tokens)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.models.convolution import PatchConv
 from fedjax_mtl.models.linen import from_flax
@@ -290,7 +291,7 @@ class TaskConditioned(nn.Module):
 
 def _checked_size(size: str) -> DenseSize:
     if size not in SIZES:
-        raise ValueError(
+        raise InputError(
             f"unknown size {size!r} of a dense model; expected one of {', '.join(SIZES)}"
         )
     return SIZES[size]
@@ -310,7 +311,7 @@ def multi_decoder(
         size: ``tiny`` or ``small``.
 
     Raises:
-        ValueError: unknown size.
+        InputError: unknown size.
     """
     return from_flax(MultiDecoder(_checked_size(size), tuple(tasks.items())), image_shape)
 
@@ -333,15 +334,15 @@ def task_conditioned(
             mean the same by a block; default ``tasks``.
 
     Raises:
-        ValueError: unknown size, a task without a block, or more blocks than the embedding is wide.
+        InputError: unknown size, a task without a block, or more blocks than the embedding is wide.
     """
     chosen = _checked_size(size)
     blocks = tuple(code_blocks) or tuple(tasks)
     missing = [task for task in tasks if task not in blocks]
     if missing:
-        raise ValueError(f"task {missing[0]!r} has no block in code_blocks {blocks}")
+        raise InputError(f"task {missing[0]!r} has no block in code_blocks {blocks}")
     if chosen.embedding_width < len(blocks):
-        raise ValueError(
+        raise InputError(
             f"{len(blocks)} tasks do not fit an embedding of width {chosen.embedding_width}"
         )
     outputs = {"tiny": 12, "small": 16}[size]

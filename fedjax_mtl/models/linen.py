@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.model import Model
 
 PyTree = Any
@@ -20,7 +21,7 @@ def from_flax(module: nn.Module, input_shape: tuple[int, ...], dtype: Any = jnp.
         dtype: of the inputs.
 
     Raises:
-        ValueError: (at init) the module has other collections, e.g. batch statistics; use GroupNorm
+        InputError: (at init) the module has other collections, e.g. batch statistics; use GroupNorm
             or LayerNorm.
     """
 
@@ -28,7 +29,7 @@ def from_flax(module: nn.Module, input_shape: tuple[int, ...], dtype: Any = jnp.
         variables = module.init({"params": key}, jnp.zeros((1, *input_shape), dtype), False)
         others = set(variables) - {"params"}
         if others:
-            raise ValueError(
+            raise InputError(
                 f"the model keeps {sorted(others)} beside its parameters, which federated "
                 "averaging does not know how to average; use GroupNorm or LayerNorm instead of "
                 "BatchNorm"

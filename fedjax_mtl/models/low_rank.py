@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.models.dense_layer import Dense
 
 PyTree = Any
@@ -58,7 +59,7 @@ def matching_layers(model: Any, targets: Sequence[str]) -> dict[trees.Path, Dens
         targets: patterns of paths joined by ``/``, e.g. ``*/attention/query`` or ``blocks_0/*``.
 
     Raises:
-        ValueError: a pattern that matches no layer (the message lists the layers there are), or no
+        InputError: a pattern that matches no layer (the message lists the layers there are), or no
             pattern.
     """
     layers = dense_layers(model)
@@ -67,13 +68,13 @@ def matching_layers(model: Any, targets: Sequence[str]) -> dict[trees.Path, Dens
     for pattern in targets:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            raise ValueError(
+            raise InputError(
                 f"the adapter pattern {pattern!r} matches no dense layer of the model; it has "
                 f"{', '.join(sorted(names)) or 'none'}"
             )
         chosen |= {names[name]: layers[names[name]] for name in matched}
     if not chosen:
-        raise ValueError(
+        raise InputError(
             "LoRA needs at least one target, a pattern of dense layers such as '*/attention/*'"
         )
     return chosen
@@ -107,10 +108,10 @@ def lora(
         deviation: standard deviation of A; default ``1 / sqrt(inputs)``.
 
     Raises:
-        ValueError: no layer matches, or a rank or rate that makes no sense.
+        InputError: no layer matches, or a rank or rate that makes no sense.
     """
     if rank < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"LoRA takes rank >= 1 and 0 <= dropout < 1, got {rank} and {dropout}")
+        raise InputError(f"LoRA takes rank >= 1 and 0 <= dropout < 1, got {rank} and {dropout}")
     layers = matching_layers(model, targets)
     scale = 1.0 if alpha is None else alpha / rank
 

@@ -87,7 +87,7 @@ def _layout(config: TransformerConfig) -> _Layout:
     elif c.normalisation == "layer" and c.positions == "learned" and c.activation != "swiglu":
         if c.fused_attention and c.use_bias and c.key_value_heads == c.num_heads:
             return _GPT2
-    raise ValueError(
+    raise InputError(
         "only models of GPT-2's shape (layer normalisation, learned positions, GELU, biases, "
         "fused attention, no grouped queries) and of Llama's (RMS normalisation, rotary "
         f"positions, SwiGLU, attention not fused) have a Hugging Face layout, got {config}"
@@ -160,7 +160,7 @@ def _stored(directory: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
         try:
             handle = safetensors.safe_open(file, framework="numpy")
         except safetensors.SafetensorError as error:
-            raise ValueError(
+            raise InputError(
                 f"{file} is not a safetensors file ({error}); a half download or a Git LFS "
                 "pointer? Download it again"
             ) from error
@@ -184,7 +184,7 @@ def _check_names(
     for path, name in names.items():
         if name not in stored:
             hint = "; are its embeddings tied?" if name == _UNEMBEDDING else ""
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint in {directory} has no tensor {name!r}, which {path} needs{hint}; "
                 "read its own configuration with from_hugging_face_config"
             )
@@ -193,7 +193,7 @@ def _check_names(
         ignored.add(_UNEMBEDDING)
     left = sorted(stored - set(names.values()) - ignored)
     if left:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint in {directory} has {len(left)} tensors that the configuration does "
             f"not use, e.g. {left[:3]}; read its own configuration with from_hugging_face_config"
         )
@@ -214,7 +214,7 @@ def load_safetensors(
 
     Raises:
         FileNotFoundError: no weights, or not all shards.
-        ValueError: a configuration without such a layout, a broken file, or a tensor that is
+        InputError: a configuration without such a layout, a broken file, or a tensor that is
             missing, superfluous or of another shape.
     """
     directory = pathlib.Path(directory)
@@ -226,7 +226,7 @@ def load_safetensors(
     for path, entry in entries.items():
         tensor = readers[names[path]]()
         if tensor.shape != entry.stored_shape:
-            raise ValueError(
+            raise InputError(
                 f"tensor {names[path]!r} of {directory} has shape {tensor.shape}, but {path} needs "
                 f"{entry.stored_shape}; read the checkpoint's own configuration with "
                 "from_hugging_face_config"
@@ -240,14 +240,14 @@ def _tensors(params: PyTree, config: TransformerConfig) -> Iterator[tuple[str, n
     flat, entries = flatten_dict(params, sep="/"), _entries(config)
     if flat.keys() != entries.keys():
         different = sorted(flat.keys() ^ entries.keys())
-        raise ValueError(
+        raise InputError(
             f"the parameters are not those of the configuration: {different[:3]} in only one of "
             "the two"
         )
     for path, entry in entries.items():
         value = np.asarray(flat[path])
         if value.shape != entry.shape:
-            raise ValueError(
+            raise InputError(
                 f"{path} has shape {value.shape}, but the configuration's has {entry.shape}; "
                 "adapters must be merged and client axes removed before saving"
             )
@@ -266,7 +266,7 @@ def save_safetensors(directory: Path, params: PyTree, config: TransformerConfig)
         config: the transformer's.
 
     Raises:
-        ValueError: a configuration without such a layout, or parameters that are not those of the
+        InputError: a configuration without such a layout, or parameters that are not those of the
             configuration.
     """
     import safetensors.numpy
@@ -338,7 +338,7 @@ def from_hugging_face_config(directory: Path) -> TransformerConfig:
 
     Raises:
         FileNotFoundError: no ``config.json``.
-        ValueError: another type of model, a missing size, or a variant that
+        InputError: another type of model, a missing size, or a variant that
             :class:`~fedjax_mtl.models.transformer.TransformerConfig` does not cover.
     """
     file = pathlib.Path(directory) / _CONFIG
@@ -350,22 +350,22 @@ def from_hugging_face_config(directory: Path) -> TransformerConfig:
     readers = {"gpt2": _read_gpt2, "llama": _read_llama}
     model_type = values.get("model_type")
     if model_type not in readers:
-        raise ValueError(
+        raise InputError(
             f"{file} is of model_type {model_type!r}; only {tuple(readers)} can be read"
         )
     try:
         return readers[model_type](values)
     except KeyError as error:
-        raise ValueError(f"{file} does not say {error}") from error
+        raise InputError(f"{file} does not say {error}") from error
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise InputError(f"{file}: {error}") from error
 
 
 def _refuse_variants(values: dict[str, Any], expected: dict[str, Any]) -> None:
     """Checks that settings that change what the model computes are absent or as expected."""
     for name, value in expected.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{name} = {values[name]!r} is not supported, only {value!r}")
+            raise InputError(f"{name} = {values[name]!r} is not supported, only {value!r}")
 
 
 def _read_gpt2(values: dict[str, Any]) -> TransformerConfig:
@@ -379,7 +379,7 @@ def _read_gpt2(values: dict[str, Any]) -> TransformerConfig:
     )
     activation = values.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
-        raise ValueError(
+        raise InputError(
             f"activation_function = {activation!r} is not supported, only "
             f"{tuple(_GPT2_ACTIVATIONS)}"
         )
@@ -402,10 +402,10 @@ def _read_llama(values: dict[str, Any]) -> TransformerConfig:
     head_width = values["hidden_size"] // values["num_attention_heads"]
     _refuse_variants(values, {"hidden_act": "silu", "rope_scaling": None})
     if values.get("mlp_bias", False) != bias:
-        raise ValueError("attention and MLP must both have biases or both have none")
+        raise InputError("attention and MLP must both have biases or both have none")
     # Versions differ in whether they write the usual head_dim, as null or at all.
     if values.get("head_dim") not in (None, head_width):
-        raise ValueError(
+        raise InputError(
             f"head_dim = {values['head_dim']} is not supported, only hidden_size / "
             "num_attention_heads"
         )

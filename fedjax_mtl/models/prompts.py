@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.models.transformer import LanguageModel, Transformer
 
 PyTree = Any
@@ -52,10 +53,10 @@ def prompt_tuning(
         hidden: width of the prompt encoder's hidden layers.
 
     Raises:
-        ValueError: no token or no hidden unit.
+        InputError: no token or no hidden unit.
     """
     if num_tokens < 1 or hidden < 1:
-        raise ValueError(
+        raise InputError(
             f"prompt_tuning takes at least 1 token and 1 hidden unit, got {num_tokens} and {hidden}"
         )
     width = jax.eval_shape(model.init, jax.random.key(0))["token_embedding"]["embedding"].shape[1]

@@ -21,6 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_mtl.core.checks import InputError
+
 PyTree = Any
 
 _CHOICES = {
@@ -66,7 +68,7 @@ class TransformerConfig:
             residual stream.
 
     Raises:
-        ValueError: a size that is not positive, an unknown name, heads that do not divide, or a
+        InputError: a size that is not positive, an unknown name, heads that do not divide, or a
             rate outside [0, 1).
     """
 
@@ -98,26 +100,26 @@ class TransformerConfig:
         for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                raise InputError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("norm_epsilon", "rotary_base"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
 
     def _check_heads(self) -> None:
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+            raise InputError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if self.num_heads % self.key_value_heads:
-            raise ValueError(
+            raise InputError(
                 f"num_heads {self.num_heads} is not divisible by num_key_value_heads "
                 f"{self.key_value_heads}"
             )
         if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(
+            raise InputError(
                 "rotary positions need heads of even width, "
                 f"got {self.width} / {self.num_heads} = {self.head_width}"
             )
@@ -177,10 +179,10 @@ def gpt2(
         dropout: the rate; its authors trained with 0.1.
 
     Raises:
-        ValueError: unknown size.
+        InputError: unknown size.
     """
     if size not in _GPT2_SIZES:
-        raise ValueError(f"GPT-2 comes in the sizes {tuple(_GPT2_SIZES)}, got {size!r}")
+        raise InputError(f"GPT-2 comes in the sizes {tuple(_GPT2_SIZES)}, got {size!r}")
     width, num_layers, num_heads = _GPT2_SIZES[size]
     return TransformerConfig(
         vocabulary=50_257,
@@ -520,14 +522,14 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     variance 1 / inputs for the dense layers.
 
     Raises:
-        ValueError: (at trace) ``apply`` or ``empty_cache`` with more than ``max_length`` tokens, or
+        InputError: (at trace) ``apply`` or ``empty_cache`` with more than ``max_length`` tokens, or
             ``step`` with more than the cache holds.
     """
     module = Transformer(config)
 
     def check(length: int) -> None:
         if length > config.max_length:
-            raise ValueError(
+            raise InputError(
                 f"{length} tokens exceed the model's max_length of {config.max_length}"
             )
 
@@ -556,7 +558,7 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     ) -> tuple[jax.Array, PyTree]:
         room = cache[0].keys.shape[1]
         if tokens.shape[1] > room:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fit into a cache of length {room}")
+            raise InputError(f"{tokens.shape[1]} tokens do not fit into a cache of length {room}")
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         return module.apply({"params": params}, tokens, positions, cache)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_mtl.core.checks import InputError
+
 
 class Relationship(NamedTuple):
     """A rule for the covariance between tasks.
@@ -50,27 +52,27 @@ def check_covariance(matrix: Any, num_tasks: int) -> None:
     """Checks that a relation is a covariance between ``num_tasks`` tasks.
 
     Raises:
-        ValueError: the matrix is not ``[num_tasks, num_tasks]``, finite, symmetric and positive
+        InputError: the matrix is not ``[num_tasks, num_tasks]``, finite, symmetric and positive
             definite.
     """
     matrix = np.asarray(matrix)
     if matrix.shape != (num_tasks, num_tasks):
-        raise ValueError(
+        raise InputError(
             f"the relation has shape {matrix.shape}; {num_tasks} tasks need {num_tasks, num_tasks}"
         )
     if not np.isfinite(matrix).all():
-        raise ValueError("the relation has entries that are not finite")
+        raise InputError("the relation has entries that are not finite")
     difference = np.abs(matrix - matrix.T)
     if difference.max() > 1e-6 * np.abs(matrix).max():
         row, column = np.unravel_index(int(difference.argmax()), matrix.shape)
-        raise ValueError(
+        raise InputError(
             f"the relation is not symmetric: entry ({row}, {column}) is "
             f"{matrix[row, column]:.6g} and ({column}, {row}) is {matrix[column, row]:.6g}; "
             "give (A + A.T) / 2 if that is what you mean"
         )
     smallest = np.linalg.eigvalsh(matrix)[0]
     if smallest <= 0:
-        raise ValueError(
+        raise InputError(
             f"the relation is not positive definite: its smallest eigenvalue is {smallest:.3g}; "
             "it must be a covariance between tasks, add a multiple of the identity"
         )
@@ -109,7 +111,7 @@ def given(covariance: Any) -> Relationship:
         covariance: ``[tasks, tasks]``, symmetric and positive definite.
 
     Raises:
-        ValueError: the matrix is not symmetric and positive definite, or (at init) its size is not
+        InputError: the matrix is not symmetric and positive definite, or (at init) its size is not
             the number of tasks.
     """
     check_covariance(covariance, len(np.asarray(covariance)))
@@ -134,11 +136,11 @@ def mean_regularised(penalty: float, coupling: float, ridge: float) -> Relations
         ridge: of the weights themselves; must be positive.
 
     Raises:
-        ValueError: a penalty or ridge that is not positive, or a negative coupling.
+        InputError: a penalty or ridge that is not positive, or a negative coupling.
     """
     known = [x if not isinstance(x, jax.core.Tracer) else 1.0 for x in (penalty, ridge, coupling)]
     if known[0] <= 0 or known[1] <= 0 or known[2] < 0:  # mapped hyper-parameters have no value yet
-        raise ValueError(
+        raise InputError(
             "mean_regularised takes penalty > 0, ridge > 0 and coupling >= 0, "
             f"got {penalty}, {ridge} and {coupling}; without a ridge the common "
             "mean is not regularised and Sigma does not exist"
@@ -258,18 +260,18 @@ def clustered_tasks(num_clusters: int, smoothing: float = 0.5) -> Relationship:
         smoothing: must be positive; the larger, the less the clusters bind.
 
     Raises:
-        ValueError: no cluster, a smoothing that is not positive, or (at init) more clusters than
+        InputError: no cluster, a smoothing that is not positive, or (at init) more clusters than
             tasks.
     """
     if num_clusters < 1 or smoothing <= 0:
-        raise ValueError(
+        raise InputError(
             "clustered_tasks takes num_clusters >= 1 and smoothing > 0, "
             f"got {num_clusters} and {smoothing}"
         )
 
     def init(num_tasks: int, dtype: Any = jnp.float32) -> jax.Array:
         if num_clusters > num_tasks:
-            raise ValueError(
+            raise InputError(
                 f"{num_clusters} clusters of {num_tasks} tasks; give at most one a task"
             )
         return jnp.eye(num_tasks, dtype=dtype) * (smoothing + num_clusters / num_tasks)
@@ -336,10 +338,10 @@ def sparse_precision(
         iterations: of the graphical lasso.
 
     Raises:
-        ValueError: a negative sparsity, or a floor that is not positive.
+        InputError: a negative sparsity, or a floor that is not positive.
     """
     if sparsity < 0 or floor <= 0:
-        raise ValueError(
+        raise InputError(
             f"sparse_precision takes sparsity >= 0 and floor > 0, got {sparsity} and {floor}"
         )
 

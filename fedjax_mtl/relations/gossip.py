@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedjax_mtl.core.checks import check_choice
+from fedjax_mtl.core.checks import InputError, check_choice
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -42,7 +42,7 @@ def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx
         seed: of the first draw.
 
     Raises:
-        ValueError: no connected graph in 1000 draws.
+        InputError: no connected graph in 1000 draws.
     """
     import networkx as nx
 
@@ -50,7 +50,7 @@ def erdos_renyi(num_clients: int, probability: float = 0.5, seed: int = 0) -> nx
         graph = nx.gnp_random_graph(num_clients, probability, seed=seed + 7919 * attempt)
         if nx.is_connected(graph):
             return graph
-    raise ValueError(
+    raise InputError(
         f"no connected Erdos-Renyi graph of {num_clients} clients in 1000 draws at probability "
         f"{probability}; raise it well above log(clients) / clients = "
         f"{np.log(num_clients) / num_clients:.3f}"
@@ -69,7 +69,7 @@ def _check_connected(graph: nx.Graph) -> None:
 
     if not nx.is_connected(graph):
         parts = [len(part) for part in nx.connected_components(graph)]
-        raise ValueError(
+        raise InputError(
             f"the communication graph falls into {len(parts)} parts of sizes {sorted(parts)}; "
             "models of different parts would never mix, connect them"
         )
@@ -172,7 +172,7 @@ def without_self_loops(weights: np.ndarray, iterations: int = 1000) -> np.ndarra
         iterations: of Sinkhorn's scaling.
 
     Raises:
-        ValueError: there is no such matrix on this graph, e.g. for a client with a single neighbour
+        InputError: there is no such matrix on this graph, e.g. for a client with a single neighbour
             that others need too.
     """
     result = weights - np.diag(np.diag(weights))
@@ -180,7 +180,7 @@ def without_self_loops(weights: np.ndarray, iterations: int = 1000) -> np.ndarra
         scale = 1.0 / np.sqrt(result.sum(axis=1))
         result = scale[:, None] * result * scale[None, :]
     if np.abs(result.sum(axis=1) - 1).max() > 1e-6:
-        raise ValueError("this graph admits no doubly stochastic matrix with a zero diagonal")
+        raise InputError("this graph admits no doubly stochastic matrix with a zero diagonal")
     return result
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 
 PyTree = Any
 
@@ -24,21 +25,21 @@ def check_adjacency(adjacency: Any, num_clients: int | None = None) -> None:
         num_clients: the number of rows it must have; None takes any.
 
     Raises:
-        ValueError: the adjacency is not square, of ``num_clients`` rows, finite and not negative.
+        InputError: the adjacency is not square, of ``num_clients`` rows, finite and not negative.
     """
     matrix = np.asarray(adjacency)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"the adjacency has shape {matrix.shape}; it must be [clients, clients]")
+        raise InputError(f"the adjacency has shape {matrix.shape}; it must be [clients, clients]")
     if num_clients is not None and len(matrix) != num_clients:
-        raise ValueError(
+        raise InputError(
             f"the adjacency is of {len(matrix)} clients but there are {num_clients}; "
             "give one row and column a client"
         )
     if not np.isfinite(matrix).all():
-        raise ValueError("the adjacency has entries that are not finite")
+        raise InputError("the adjacency has entries that are not finite")
     if matrix.min(initial=0) < 0:
         row, column = np.unravel_index(int(matrix.argmin()), matrix.shape)
-        raise ValueError(
+        raise InputError(
             f"the adjacency has a negative weight, {matrix[row, column]:.3g} between clients "
             f"{row} and {column}; weights push models together, give 0 for no relation"
         )
@@ -68,7 +69,7 @@ def fixed(adjacency: Any) -> TaskGraph:
         adjacency: ``[clients, clients]``.
 
     Raises:
-        ValueError: the adjacency is not square, has negative or infinite weights, or (at init) its
+        InputError: the adjacency is not square, has negative or infinite weights, or (at init) its
             size is not the population's.
     """
     check_adjacency(adjacency)
@@ -127,7 +128,7 @@ def by_similarity(
         bandwidth: of the Gaussian kernel; the default is the median distance.
 
     Raises:
-        ValueError: unknown kernel.
+        InputError: unknown kernel.
     """
     features = np.asarray(features, float)
     if kernel == "cosine":
@@ -138,7 +139,7 @@ def by_similarity(
         width = bandwidth or np.median(distances[~np.eye(len(features), dtype=bool)])
         matrix = np.exp(-np.square(distances) / (2 * max(width, 1e-30) ** 2))
     else:
-        raise ValueError(f"unknown kernel {kernel!r}; expected 'cosine' or 'gaussian'")
+        raise InputError(f"unknown kernel {kernel!r}; expected 'cosine' or 'gaussian'")
     np.fill_diagonal(matrix, 0)
     return matrix
 
@@ -276,10 +277,10 @@ def learned(*, smoothness: float = 1.0, decay: float = 0.0) -> TaskGraph:
         decay: of the running mean of the distances; 0 takes the last one seen.
 
     Raises:
-        ValueError: a smoothness that is not positive.
+        InputError: a smoothness that is not positive.
     """
     if smoothness <= 0:
-        raise ValueError(f"smoothness is {smoothness}; give a positive number")
+        raise InputError(f"smoothness is {smoothness}; give a positive number")
 
     def init(num_clients: int) -> jax.Array:
         return jnp.full((num_clients, num_clients), -1.0)

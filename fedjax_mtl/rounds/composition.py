@@ -6,6 +6,7 @@ import jax
 import optax
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.execution import Execution, default_execution
 from fedjax_mtl.rounds.engine import Weighting
 from fedjax_mtl.rounds.groups import Group
@@ -70,7 +71,7 @@ class Composition(NamedTuple):
         if not self.grouped:
             return {"": values}
         if set(values) != set(self.groups):
-            raise ValueError(
+            raise InputError(
                 f"the cohorts are of groups {sorted(values)}, the algorithm is for "
                 f"{sorted(self.groups)}; use sampling.by_group"
             )

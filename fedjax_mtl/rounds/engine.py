@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fedjax_mtl.clients.updates import ClientResult, ClientUpdate
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import NO_BUDGET, ClientView, Cohort, Federation
 from fedjax_mtl.execution import Execution, map_clients, sum_and_map_clients
 
@@ -32,7 +33,7 @@ def cohort_weights(weighting: Weighting, cohort: Cohort) -> jax.Array:
         cohort: who takes part.
 
     Raises:
-        ValueError: an unknown name.
+        InputError: an unknown name.
     """
     present = cohort.present.astype(cohort.shares.dtype)
     if weighting == "samples":
@@ -43,7 +44,7 @@ def cohort_weights(weighting: Weighting, cohort: Cohort) -> jax.Array:
         return cohort.shares
     if callable(weighting):
         return jnp.where(cohort.present, weighting(cohort), 0)
-    raise ValueError(
+    raise InputError(
         f"unknown weighting {weighting!r}; expected 'samples', 'uniform', 'population' or a "
         "function of the cohort"
     )
@@ -268,10 +269,10 @@ def _run_summed(
 
 
 def check_step(steps: PyTree, params: PyTree) -> None:
-    """Raises ValueError unless a server's step has the shapes of the parameters that it moves."""
+    """Raises InputError unless a server's step has the shapes of the parameters that it moves."""
     for step, leaf in zip(jax.tree.leaves(steps), jax.tree.leaves(params), strict=True):
         if step.shape != leaf.shape:
-            raise ValueError(
+            raise InputError(
                 f"the server turned updates into a step of shape {step.shape} for parameters of "
                 f"shape {leaf.shape}; put average_clients() (or another transformation that "
                 "removes the client axis) into its chain"

@@ -17,7 +17,7 @@ import optax
 from fedjax_mtl import costs
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.algorithm import Algorithm, Info
-from fedjax_mtl.core.checks import check_choice
+from fedjax_mtl.core.checks import InputError, check_choice
 from fedjax_mtl.core.federation import Cohort
 from fedjax_mtl.execution import Execution
 from fedjax_mtl.rounds import engine
@@ -106,7 +106,7 @@ def federated(
             client that is absent, too (clustered FL: it follows its cluster).
 
     Raises:
-        ValueError: no group, an empty one, parameters of one name that travel with different
+        InputError: no group, an empty one, parameters of one name that travel with different
             shapes; (when traced) a server whose step has not the shape of the parameters, or a
             cohort that full participation forbids.
     """
@@ -185,7 +185,7 @@ def _check_groups(groups: dict[str, Group], grouped: bool) -> None:
     check_group_sizes({name or "clients": group for name, group in groups.items()})
     for name in groups if grouped else ():
         if "+" in name or not name:
-            raise ValueError(
+            raise InputError(
                 f"group name {name!r} is empty or contains '+', which joins the names of owners; "
                 "rename it"
             )

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from fedjax_mtl.clients.updates import ClientUpdate
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Cohort
 from fedjax_mtl.core.model import Model
 from fedjax_mtl.core.task import Task
@@ -56,7 +57,7 @@ def each_group(
         make_init: how a group's parameters are initialised, from its model.
 
     Raises:
-        ValueError: a group without a model or a task.
+        InputError: a group without a model or a task.
     """
 
     def group(name: str, count: int) -> Group:
@@ -73,7 +74,7 @@ def _of_group(value: Any, name: str, what: str) -> Any:
     if not isinstance(value, dict):
         return value
     if name not in value:
-        raise ValueError(
+        raise InputError(
             f"group {name!r} has no {what}; they are given for {', '.join(sorted(value))}"
         )
     return value[name]
@@ -88,12 +89,12 @@ def group_shapes(model: Models, num_clients: Counts) -> dict[str, PyTree]:
 
 
 def check_group_sizes(groups: dict[str, Any]) -> None:
-    """Raises ValueError if there is no group, or a group without clients."""
+    """Raises InputError if there is no group, or a group without clients."""
     if not groups:
-        raise ValueError("a population needs at least one group; groups is empty")
+        raise InputError("a population needs at least one group; groups is empty")
     for name, group in groups.items():
         if group.num_clients < 1:
-            raise ValueError(
+            raise InputError(
                 f"group {name!r} has {group.num_clients} clients; a task without clients cannot be "
                 "learned, drop it"
             )
@@ -117,9 +118,9 @@ def population_ids(groups: tuple[str, ...], num_clients: dict[str, int]) -> np.n
 
 
 def check_full_participation(cohort: Cohort, num_clients: int) -> None:
-    """Raises ValueError unless the cohort has a slot for every client of the population."""
+    """Raises InputError unless the cohort has a slot for every client of the population."""
     if cohort.client_ids.shape[0] != num_clients:
-        raise ValueError(
+        raise InputError(
             f"this algorithm needs all {num_clients} clients in every round, the cohort has "
             f"{cohort.client_ids.shape[0]}; use full participation"
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_mtl.core import trees
+from fedjax_mtl.core.checks import InputError
 
 PyTree = Any
 Shapes = dict[trees.Path, jax.ShapeDtypeStruct]
@@ -112,7 +113,7 @@ def make_sections(
         meeting: path predicate of leaves that join those that all groups have, whoever owns them.
 
     Raises:
-        ValueError: leaves of one path that travel with different shapes.
+        InputError: leaves of one path that travel with different shapes.
     """
     owners: dict[trees.Path, list[str]] = {}
     shapes: dict[trees.Path, tuple[str, Any]] = {}
@@ -122,7 +123,7 @@ def make_sections(
                 continue
             first, known = shapes.setdefault(path, (name, leaf))
             if (known.shape, known.dtype) != (leaf.shape, leaf.dtype):
-                raise ValueError(
+                raise InputError(
                     f"{'/'.join(path)} is {known.shape} in group {first!r} but {leaf.shape} in "
                     f"group {name!r}; parameters of one name that travel are shared, so give them "
                     "one shape, different names, or keep them personal"

@@ -9,6 +9,7 @@ import optax
 
 from fedjax_mtl.core import trees
 from fedjax_mtl.core.algorithm import Info
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.core.federation import Cohort
 from fedjax_mtl.rounds import engine
 from fedjax_mtl.rounds.composition import Composition, FederatedState, holding_of, merge_holdings
@@ -206,7 +207,7 @@ def _split_rows(tree: PyTree, counts: list[int]) -> list[PyTree]:
 def _check_client_axis(steps: PyTree, starts: PyTree) -> None:
     for step, start in zip(jax.tree.leaves(steps), jax.tree.leaves(starts), strict=True):
         if step.shape != start.shape:
-            raise ValueError(
+            raise InputError(
                 f"the server turned updates into a step of shape {step.shape} for the cohort's "
                 f"parameters of shape {start.shape}; average_clients() and its kin remove the "
                 "client axis: use them with models='shared', or a transformation that keeps it"

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from fedjax_mtl.core.algorithm import Algorithm
+from fedjax_mtl.core.checks import InputError
 from fedjax_mtl.execution import Execution
 from fedjax_mtl.rounds.engine import Weighting
 from fedjax_mtl.rounds.federated import federated
@@ -82,7 +83,7 @@ def decentralized(
         execution: as for :func:`federated`.
 
     Raises:
-        ValueError: the matrix is not square, or a row does not sum to 1. When traced: the cohort is
+        InputError: the matrix is not square, or a row does not sum to 1. When traced: the cohort is
             not the whole population.
     """
     check_mixing_matrix(mixing_matrix)
@@ -97,7 +98,7 @@ def decentralized(
     there = algorithm.num_clients
     there = sum(there.values()) if isinstance(there, dict) else there
     if there != num_clients:
-        raise ValueError(
+        raise InputError(
             f"the mixing matrix is for {num_clients} clients, but there are {there}; give one row "
             "and one column a client"
         )

@@ -114,9 +114,9 @@ def test_inner_products():
     """Inner products are over all leaves, and narrow types are summed in float32."""
     few = mapped(lambda x: x[:2])
     np.testing.assert_allclose(trees.inner_products(TREE, few), FLAT @ FLAT[:2].T, rtol=1e-5)
-    narrow = {"w": jnp.full((1, 4096), 1.0, jnp.bfloat16), "b": jnp.ones((1, 1), jnp.bfloat16)}
+    narrow = {"w": jnp.full((1, 4097), 1.0, jnp.bfloat16), "b": jnp.ones((1, 1), jnp.bfloat16)}
     product = trees.inner_products(narrow, narrow)
-    assert product.dtype == jnp.float32 and product[0, 0] == 4097
+    assert product.dtype == jnp.float32 and product[0, 0] == 4098
 
 
 def test_flat_rows_and_their_inverse():

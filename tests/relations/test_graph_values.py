@@ -221,6 +221,9 @@ def test_communication_graphs():
     drawn = [gossip.erdos_renyi(12, seed=seed) for seed in range(30)]
     assert all(map(nx.is_connected, drawn))
     assert len({frozenset(graph.edges) for graph in drawn}) == 30
+    # A graph that falls apart is drawn again, from a seed of its own: this one twice.
+    again = nx.gnp_random_graph(6, 0.3, seed=5 + 2 * 7919)
+    assert set(gossip.erdos_renyi(6, 0.3, seed=5).edges) == set(again.edges)
     # About half of all pairs are connected.
     np.testing.assert_allclose(np.mean([g.number_of_edges() for g in drawn]), 33, atol=2)
 

@@ -3,6 +3,8 @@
 GradNorm, agnostic FL, q-FedAvg, averages and clipping.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from fedjax_mtl import server
 from fedjax_mtl.core import trees
+from fedjax_mtl.server.weighting import gradnorm_weights
 
 RNG = np.random.default_rng(0)
 UPDATES = {"a": RNG.normal(size=(4, 3)), "b": RNG.normal(size=(4, 2, 2))}
@@ -89,6 +92,7 @@ def test_smallest_weights_of_gradnorm():
     weights = gradnorm(NORMS, LOSSES[:1], 100.0, 0.0)
     np.testing.assert_allclose(state.weights[IDS], weights, rtol=1e-6)
     assert 0 < weights.min() < 1e-4
+    assert inspect.signature(gradnorm_weights).parameters["minimum"].default == 1e-3
 
 
 def test_gradnorm_by_reported_norms_of_those_who_came():

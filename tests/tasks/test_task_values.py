@@ -345,4 +345,6 @@ def test_boundary_f_by_hand():
     wide = boundaries.boundary_f(far, truth, max_distance=2.1 / np.hypot(40, 40), thinned=False)
     np.testing.assert_allclose(wide[0], 2 * 1 * 0.5 / 1.5)
     ignored = np.where(np.arange(40) >= 20, 255, truth[0])[None]
-    np.testing.assert_allclose(boundaries.boundary_f(said, ignored, thinned=False)[0], 1)
+    wrong = said.copy()
+    wrong[0, 30, 20:] = 0.9
+    np.testing.assert_allclose(boundaries.boundary_f(wrong, ignored, thinned=False)[0], 1)
