@@ -178,6 +178,10 @@ def test_runs_are_named_by_their_algorithms_where_these_differ(tmp_path):
         "fedem",
         "fedavg",
     ]
+    names = ["data.seed=1-x", "data.seed=2-x", "data.seed=1-y"]
+    alike = [finished(tmp_path / name, step=n) for n, name in enumerate(names)]
+    # Without the seed of the data two of these would be called alike.
+    assert [own.name for own in report.group(alike)] == [*names[:2], "y"]
     other = finished(tmp_path / "deep" / "a", step=2)
     with pytest.raises(ValueError, match="two runs have the same name"):
         report.group([finished(tmp_path / "wide" / "a"), other])

@@ -260,7 +260,7 @@ def test_conv_trunk():
     assert "widen" not in same
 
 
-def test_deformable_convolution_without_offsets_is_a_convolution():
+def test_deformable_convolution_is_that_of_the_displaced_image():
     """The layer starts without offsets.
 
     With all offsets one pixel down it is the convolution of the image moved up by one. The lower
@@ -275,6 +275,14 @@ def test_deformable_convolution_without_offsets_is_a_convolution():
     params["offsets"]["bias"] = jnp.asarray(down)
     moved = jax.jit(layer.apply)({"params": params}, x)
     assert_equals(np.asarray(moved)[:, :3], np.asarray(start)[:, 1:4])
+    # Between pixels it is that of the image interpolated there.
+    between = np.tile(np.array([0.25, 0.5], np.float32), 9)
+    params["offsets"]["bias"] = jnp.asarray(between)
+    padded = np.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)))
+    rows = 0.75 * padded[:, :-1] + 0.25 * padded[:, 1:]
+    interpolated = (rows[:, :, :-1] + rows[:, :, 1:]) / 2
+    ours = jax.jit(layer.apply)({"params": params}, x)
+    assert_equals(ours, convolution(params, interpolated, padding="VALID"))
 
 
 def adapted(p, maps, depth, image_size=None):

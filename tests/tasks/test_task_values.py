@@ -201,6 +201,21 @@ def test_values_of_dual_losses():
             np.testing.assert_allclose(ours, highest, atol=1e-5, err_msg=loss.name)
 
 
+@pytest.mark.parametrize("name", ["hinge", "smoothed_hinge", "squared", "logistic"])
+def test_coordinate_steps_are_maximisers(name):
+    """Of ``-conj(-a) - f (a - old) - c / 2 (a - old)^2``, on a grid of the domain."""
+    loss = getattr(dual, name)()
+    old, f = RNG.uniform(0, 1, 12), RNG.normal(size=12) * np.repeat([1, 10], 6)
+    c, label = np.tile([0.2, 1.0, 20.0], 4), np.tile([1.0, -1.0], 6)
+    grid = np.linspace(*((-25, 25) if name == "squared" else (0, 1)), 200_001)[:, None]
+    conjugates = value(loss.conjugate, label * grid, label)
+    change = label * grid - label * old
+    objective = -conjugates - f * change - c / 2 * np.square(change)
+    best = grid[objective.argmax(axis=0), 0] * label
+    ours = value(jax.vmap(loss.ascend), label * old, label, f, c)
+    np.testing.assert_allclose(ours, best, atol=3e-4)
+
+
 # --- Dense prediction.
 
 
