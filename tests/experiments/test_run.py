@@ -131,11 +131,13 @@ def launch(directory, *overrides):
 def final_state(directory):
     """The bytes of the metrics, and the newest checkpoint's leaves."""
     from experiments.outputs.checkpoints import Checkpoints
+    from experiments.outputs.stages import first_shapes
 
     config = quick(num_rounds=40, eval_every=1, checkpoint_every=1)
-    algorithm = run.prepare(make_plan(config), run.Made()).algorithm
+    stages = run.prepare(make_plan(config), run.Made()).stages
+    algorithm, _ = stages[0].build(None)
     checkpoints = Checkpoints(directory / "checkpoints")
-    state, _ = checkpoints.restore(40, run.initial_shapes(algorithm, 3))
+    state, _ = checkpoints.restore(40, first_shapes(algorithm, 3))
     checkpoints.close()
     return (directory / "metrics.jsonl").read_bytes(), run.jax.tree.leaves(state)
 
