@@ -82,6 +82,18 @@ def test_cnn(pools):
     assert_equals(apply(model, params, x), outputs)
 
 
+def test_sizes_of_the_papers_networks():
+    """FedEM's, in the modules and in the functions that make models of them."""
+    cnn = {"channels": (32, 64), "kernel": 5, "pools": (True, True), "hidden": 2048}
+    lstm = {"vocabulary": 100, "embedding": 8, "hidden": 256, "layers": 2}
+    for own, module, function in (
+        (cnn, models.TwoLayerCNN, models.cnn),
+        (lstm, models.CharLSTM, models.lstm),
+    ):
+        assert {name: getattr(module, name) for name in own} == own
+        assert {name: defaults_of(function).get(name) for name in own} == own
+
+
 def lstm_layer(p, inputs, width):
     """One layer of an LSTM over time, ``[batch, length, ...] -> [batch, length, width]``."""
     memory = hidden = np.zeros((len(inputs), width))

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 
 from fedjax_mtl import (
+    ClientResult,
+    ClientUpdate,
     Group,
     Solver,
     federated,
@@ -150,3 +152,51 @@ def test_clients_are_told_which_round_it_is():
     encoders = [np.asarray(state.params["encoder"]["w"]) for state in states]
     moved = [not np.array_equal(a, b) for a, b in zip(encoders, encoders[1:], strict=False)]
     assert moved == [True, False, True]
+
+
+def key_keeper():
+    """A client update that keeps the bits of its key and of the common coin."""
+
+    def update(params, state, client, key):
+        kept = {"bits": jax.random.bits(key), "coin": jax.random.bits(client.round_key)}
+        return ClientResult(jax.tree.map(jnp.zeros_like, params), kept, {"loss": jnp.float32(0)})
+
+    def init(params):
+        return {"bits": jnp.uint32(0), "coin": jnp.uint32(0)}
+
+    return ClientUpdate(init, update, None, None)
+
+
+def kept_after(groups, cohort):
+    """What the clients keep after a round with KEY."""
+    step = server.step_from(optax.sgd(1.0))
+    algorithm = federated(groups, step, execution=make_execution("vmap"))
+    return jax.device_get(jax.jit(algorithm.round)(algorithm.init(KEY), cohort, KEY)[0].clients)
+
+
+def test_keys_of_clients():
+    """The first half of the round's key, with the client's number folded in.
+
+    Of clients that come in groups each group's place is folded in before. The common coin of a
+    round is the same for all clients.
+    """
+
+    def start(key):
+        return {"w": jnp.zeros(2)}
+
+    half = jax.random.split(KEY)[0]
+
+    def expected(key, count):
+        return [jax.random.bits(jax.random.fold_in(key, client)) for client in range(count)]
+
+    cohort = sampling.full_participation()(KEY, 0, POPULATION["b"])
+    alone = kept_after(Group(start, key_keeper(), 3), cohort)
+    np.testing.assert_array_equal(alone["bits"], expected(half, 3))
+    groups = {name: Group(start, key_keeper(), len(SIZES[name])) for name in "ab"}
+    everybody = sampling.by_group(sampling.full_participation())(KEY, 0, POPULATION)
+    apart = kept_after(groups, everybody)
+    for place, name in enumerate("ab"):
+        own = expected(jax.random.fold_in(half, place), len(SIZES[name]))
+        np.testing.assert_array_equal(apart[name]["bits"], own)
+    coins = [*alone["coin"], *apart["a"]["coin"], *apart["b"]["coin"]]
+    assert len(set(coins)) == 1
